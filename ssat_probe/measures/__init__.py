@@ -1,0 +1,1 @@
+"""Pure maths on tensors: no model, no files, no tables."""

@@ -1,0 +1,230 @@
+"""Recipe: everything that determines a training run, and nothing else."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ssat_probe.registry import known
+
+Method = Literal["scratch", "ssl_ft", "ssat"]
+Budget = Literal["matched", "equal_epochs"]
+LearningRateRule = Literal["linear", "none"]
+Schedule = Literal["cosine", "constant"]
+Augmentation = Literal["none", "crop", "standard", "strong"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run; defaults from Das et al. (2024) unless said otherwise."""
+
+    method: Method = "ssat"
+    "scratch, ssl_ft (masked pre-training, then fine-tuning) or ssat (both at once)."
+
+    model: str = "vit_nano"
+    "Encoder; ssat-probe list names them."
+
+    data: str = "digits"
+    "Data set; ssat-probe list names them."
+
+    subset: int | float | None = None
+    "Training images to use: a count (500) or a share (0.1), stratified; none means all."
+
+    subset_seed: int = 0
+    "Which stratified subset; the same for all seeds, so that runs differ in training alone."
+
+    img_size: tuple[int, ...] = ()
+    "Height and width in pixels, or one number for both; empty means the data set's own."
+
+    patch_size: tuple[int, ...] = ()
+    "Height and width of a patch in pixels, or one number; empty means the model's own for this image size."
+
+    lambda_weight: float = 0.1
+    "Weight of classification in ssat; 1 minus it weighs the reconstruction."
+
+    mask_ratio: float = 0.75
+    "Share of the patches hidden from the encoder in the masked pass."
+
+    decoder: str = "shallow"
+    "Decoder of the masked pass."
+
+    decoder_depth: int | None = None
+    "Blocks of the decoder; none means the model's own (2 in the paper)."
+
+    decoder_width: int | None = None
+    "Width of the decoder; none means the model's own (128 in the paper)."
+
+    decoder_heads: int | None = None
+    "Attention heads of the decoder; none means the model's own (16 in the paper)."
+
+    norm_pix: bool = False
+    "Reconstruct pixels normalised within each patch."
+
+    epochs: int = 100
+    "Epochs of scratch and ssat, and of the fine-tuning stage of ssl_ft."
+
+    pretrain_epochs: int | None = None
+    "Epochs of the pre-training stage of ssl_ft; none means what the budget says."
+
+    budget: Budget = "matched"
+    "matched: ssl_ft runs N + N epochs, which costs what N epochs of ssat cost; equal_epochs: N/2 + N/2."
+
+    batch_size: int = 64
+    "Images per optimiser step, over all processes and accumulation steps."
+
+    accumulate: int = 1
+    "Split each step's batch into this many backward passes."
+
+    optimiser: Literal["adamw"] = "adamw"
+    "Optimiser."
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    "AdamW's averaging constants."
+
+    weight_decay: float = 0.05
+    "AdamW's weight decay; vectors and biases have none."
+
+    base_lr: float = 1e-3
+    "Learning rate before the rule is applied."
+
+    lr_rule: LearningRateRule = "linear"
+    "linear: learning rate = base_lr * batch_size / 256; none: base_lr itself."
+
+    min_lr: float = 1e-6
+    "Learning rate at the end of the cosine."
+
+    schedule: Schedule = "cosine"
+    "After the warm-up: half a cosine down to min_lr, or constant."
+
+    warmup_epochs: float = 5.0
+    "Epochs of linear warm-up from 0, in each stage."
+
+    clip_grad: float | None = None
+    "Largest gradient norm; none means no clipping."
+
+    augmentation: Augmentation = "standard"
+    "none; crop (shifts); standard (shifts, and flips where they keep the class); strong (the paper's RandAugment)."
+
+    label_smoothing: float = 0.1
+    "Label smoothing of the cross-entropy in training."
+
+    seed: int = 0
+    "Seed of initialisation, order, augmentation and masks."
+
+    precision: Precision = "fp32"
+    "Arithmetic of the forward and backward passes."
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without data.
+
+        Raises:
+            ValueError: If a value is out of its range or not one of its choices.
+        """
+        for name in ("img_size", "patch_size"):
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), _HINTS[field.name])
+        _check_ranges(self)
+
+    @property
+    def name(self) -> str:
+        """Name of the run: model, data, method and seed."""
+        return f"{self.model.replace(':', '_')}-{self.data}-{self.method}-seed{self.seed}"
+
+    @property
+    def stage_epochs(self) -> dict[str, int]:
+        """Epochs of each stage, in order: ``pretrain`` and ``finetune`` for ssl_ft, else ``train``."""
+        if self.method != "ssl_ft":
+            return {"train": self.epochs}
+        if self.pretrain_epochs is not None:
+            return {"pretrain": self.pretrain_epochs, "finetune": self.epochs}
+        if self.budget == "equal_epochs":
+            return {"pretrain": self.epochs // 2, "finetune": self.epochs - self.epochs // 2}
+        return {"pretrain": self.epochs, "finetune": self.epochs}
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate, after the rule (Goyal et al., 2017, for linear)."""
+        return self.base_lr * self.batch_size / 256 if self.lr_rule == "linear" else self.base_lr
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain data: lists, numbers, strings, none."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "recipe") -> "Recipe":
+        """Recipe from plain data, as ``as_dict`` or a YAML file gives it.
+
+        Args:
+            values: Field names and values; missing ones take their defaults.
+            source: Where the values come from; goes into messages.
+
+        Returns:
+            The checked recipe.
+
+        Raises:
+            ValueError: If a name is not a field, or a value is out of its range.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            known(key, fields, f"the keys of a recipe ({source})")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+_HINTS = typing.get_type_hints(Recipe)
+
+
+def _pair(name: str, value: Any) -> tuple[int, ...]:
+    """One number or two as a pair; empty stays empty."""
+    values = (value,) if isinstance(value, int) else tuple(value or ())
+    pair = values * 2 if len(values) == 1 else values
+    if len(pair) not in (0, 2) or any(not isinstance(v, int) or v < 1 for v in pair):
+        raise ValueError(f"{name} must be one or two positive whole numbers (height width), got {value!r}.")
+    return pair
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value that is not of the field's type or not one of its choices."""
+    if typing.get_origin(hint) is Literal:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}.")
+        known(value, get_args(hint), name)
+        return
+    if typing.get_origin(hint) is tuple:
+        return
+    allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed:
+        allowed = (*allowed, int)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        kinds = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ValueError(f"{name} must be {kinds}, got {value!r}.")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    """Refuse values that no run can use."""
+
+    def check(name: str, holds: bool, must: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {must}, got {getattr(recipe, name)!r}.")
+
+    check("lambda_weight", 0 <= recipe.lambda_weight <= 1, "between 0 and 1")
+    check("mask_ratio", 0 < recipe.mask_ratio < 1, "between 0 and 1, both excluded")
+    check("label_smoothing", 0 <= recipe.label_smoothing < 1, "at least 0 and below 1")
+    if recipe.subset is not None:
+        must = "a share between 0 and 1, or a count of at least 1"
+        check("subset", recipe.subset >= 1 if isinstance(recipe.subset, int) else 0 < recipe.subset < 1, must)
+    check("betas", len(recipe.betas) == 2 and all(0 <= beta < 1 for beta in recipe.betas), "two numbers in [0, 1)")
+    for name in ("epochs", "batch_size", "accumulate"):
+        check(name, getattr(recipe, name) >= 1, "at least 1")
+    for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
+        check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
+    for name in ("weight_decay", "min_lr", "warmup_epochs", "seed", "subset_seed"):
+        check(name, getattr(recipe, name) >= 0, "at least 0")
+    check("base_lr", recipe.base_lr > 0, "above 0")
+    check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
+    check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")
+    if recipe.budget == "equal_epochs" and recipe.method == "ssl_ft":
+        check("epochs", recipe.epochs >= 2, "at least 2 to be halved")

@@ -1,0 +1,99 @@
+"""Columns of a result table, and tables on disk."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of a table holds: the one place for its label, unit and meaning."""
+
+    name: str
+    unit: str
+    meaning: str
+
+    @property
+    def label(self) -> str:
+        """Axis label, with the unit where there is one."""
+        text = self.name.replace("_", " ")
+        return f"{text} [{self.unit}]" if self.unit else text
+
+
+def write_atomically(path: Path, content: bytes | str) -> Path:
+    """Write a file so that it is there whole or not at all, whenever the process dies.
+
+    Args:
+        path: Where to write; its folder is made.
+        content: Text (UTF-8) or bytes.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: If the folder cannot be written.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another one with --out."
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_table(table: "DataFrame", path: Path, record: Mapping[str, Any]) -> Path:
+    """Write ``path`` (csv) and, beside it, its record (json) of how it was made.
+
+    The record is written last: a table with a record is complete.
+
+    Args:
+        table: Long form, one observation per row.
+        path: Ends in ``.csv``.
+        record: Options, hashes, versions, device, seconds; plain data.
+
+    Returns:
+        ``path``.
+    """
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_atomically(path, table.to_csv(index=False))
+    write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return path
+
+
+def read_table(path: Path) -> "DataFrame":
+    """Table from a csv that ``write_table`` wrote.
+
+    Args:
+        path: The csv.
+
+    Returns:
+        The table, with the dtypes that pandas infers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a table written by a probe, got no such file.")
+    return pd.read_csv(path)
