@@ -1,0 +1,146 @@
+"""Images in files: decoding, and a set of them that is read as it is needed."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MODES = {1: "L", 3: "RGB"}
+"Pillow's name for one and for three channels."
+
+GREY = frozenset({"1", "L", "LA", "La", "I", "F"}) | {"I;16", "I;16B", "I;16L", "I;16N"}
+"Pillow's modes of images without colour."
+
+FORMATS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+"Endings of files that are taken for images."
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """Images decoded from their files whenever they are read.
+
+    Args:
+        paths: One file per image.
+        labels: Class of each image.
+        img_size: Height and width that every image is scaled and cropped to, see ``decoded``.
+        channels: 1 (grey) or 3 (RGB).
+        root: Folder that the paths are relative to in the fingerprint, so that a moved copy keeps it.
+    """
+
+    paths: tuple[Path, ...]
+    labels: np.ndarray
+    img_size: tuple[int, int]
+    channels: int
+    root: Path
+
+    def __post_init__(self) -> None:
+        """Bring labels to int64."""
+        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
+
+    @property
+    def in_memory(self) -> bool:
+        """False."""
+        return False
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> UInt8[Tensor, "batch channel height width"]:
+        """Pixels of the images at these positions."""
+        pixels = np.empty((len(ids), *self.img_size, self.channels), dtype=np.uint8)
+        for row, position in enumerate(ids):
+            pixels[row] = decoded(self.paths[position], self.img_size, self.channels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over relative path, size and label of each file, and the image size."""
+        digest = hashlib.sha256(repr((self.img_size, self.channels)).encode())
+        rows = (
+            (path.relative_to(self.root).as_posix(), path.stat().st_size, int(label))
+            for path, label in zip(self.paths, self.labels, strict=True)
+        )
+        for row in sorted(rows):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+
+def decoded(path: Path, img_size: tuple[int, int], channels: int) -> UInt8[np.ndarray, "height width channel"]:
+    """Pixels of one file, scaled (bicubic, antialiased) until they cover the size, then cropped around the centre.
+
+    Transparency is dropped, 16-bit grey becomes 8-bit, and the orientation noted by a camera is not applied (the habit
+    of the field, so that results compare).
+
+    Args:
+        path: An image file.
+        img_size: Height and width.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        0 to 255.
+    """
+    height, width = img_size
+    with _opened(path) as image:
+        # A large JPEG is decoded at a fraction of its size, never below twice what is needed.
+        image.draft(MODES[channels], (2 * width, 2 * height))
+        plain = _eight_bit(image).convert(MODES[channels])
+        if plain.size != (width, height):
+            plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
+        return np.asarray(plain).reshape(height, width, channels)
+
+
+def shape(path: Path) -> tuple[int, int, int]:
+    """Height, width and channels (1 or 3) of an image file, from its header alone.
+
+    Args:
+        path: An image file.
+
+    Returns:
+        Pixels, pixels, channels.
+    """
+    with _opened(path) as image:
+        return image.height, image.width, 1 if image.mode in GREY else 3
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, with every failure inside turned into one sentence that names it.
+
+    Yields:
+        The image; its pixels are decoded when they are asked for.
+
+    Raises:
+        ValueError: If the file is missing, not an image, damaged, or larger than Pillow considers safe.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} must have at most {Image.MAX_IMAGE_PIXELS} pixels, got more; scale it down or remove it."
+        ) from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} must be an image that can be decoded, got {reason!r}; replace or remove it."
+        ) from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        raise ValueError(f"mode {image.mode}: numbers without a known range")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns unless it goes through RGBA
+        return image.convert("RGBA")
+    return image
