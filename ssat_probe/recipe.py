@@ -117,11 +117,7 @@ class Recipe:
     "Arithmetic of the forward and backward passes."
 
     def __post_init__(self) -> None:
-        """Check every value that can be checked without data.
-
-        Raises:
-            ValueError: If a value is out of its range or not one of its choices.
-        """
+        """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -163,15 +159,13 @@ class Recipe:
             source: Where the values come from; goes into messages.
 
         Returns:
-            The checked recipe.
-
-        Raises:
-            ValueError: If a name is not a field, or a value is out of its range.
+            The checked recipe; an unknown name or a value out of its range is a ValueError.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             known(key, fields, f"the keys of a recipe ({source})")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**options)
 
 
 _HINTS = typing.get_type_hints(Recipe)

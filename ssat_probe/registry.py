@@ -71,3 +71,22 @@ def known(name: str, valid: Iterable[str], kind: str) -> str:
     nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"No {name!r} in {kind}: {', '.join(valid)}.{hint}")
+
+
+@cache
+def variants(kind: str) -> dict[str, str]:
+    """Names in the ``VARIANTS`` tables of a folder, read without importing anything.
+
+    Args:
+        kind: A folder whose files export a literal ``VARIANTS`` dictionary: ``models``.
+
+    Returns:
+        File name of each variant.
+    """
+    found = {}
+    for name in names(kind):
+        tree = ast.parse((PACKAGE / kind / f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "VARIANTS":
+                found.update(dict.fromkeys(ast.literal_eval(node.value), name))
+    return found

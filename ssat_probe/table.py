@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise ValueError(
-            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another one with --out."
+            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another with --out."
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,1 +1,1 @@
-"""One file per model."""
+"""One file per architecture, each exporting ``Model`` and its ``VARIANTS`` table."""

@@ -1,0 +1,1 @@
+"""Train Vision Transformers on limited data, probe them, compare them."""

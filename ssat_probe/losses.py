@@ -1,0 +1,73 @@
+"""Loss terms, and the masked reconstruction error that every objective and probe shares."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ssat_probe.patches import patchify
+
+
+class Losses(NamedTuple):
+    """What an objective returns for a batch: the total to minimise, and its unweighted terms."""
+
+    total: Float[Tensor, ""]
+    cross_entropy: Float[Tensor, ""] | None = None
+    reconstruction: Float[Tensor, ""] | None = None
+    logits: Float[Tensor, "batch class"] | None = None
+
+
+def reconstruction_error(
+    encoder: Any,
+    decoder: nn.Module,
+    images: Float[Tensor, "batch channel height width"],
+    mask: Bool[Tensor, "batch token"],
+    patch_size: tuple[int, ...],
+    norm_pix: bool,
+) -> Float[Tensor, " batch"]:
+    """Mean squared error of the predicted pixels over the hidden patches, per image.
+
+    Args:
+        encoder: Encodes the visible patches; its ``encode`` gives ``Features``.
+        decoder: Predicts every patch from them.
+        images: Normalised images; the target.
+        mask: True at hidden patches; the same count in every row.
+        patch_size: Height and width of a patch in pixels.
+        norm_pix: Normalise the target within each patch first.
+
+    Returns:
+        In units of the normalised pixels squared.
+
+    References:
+        He et al. (2022), Sec. 3: mean over the pixels of a patch, then over the hidden patches.
+    """
+    predicted = _at_least_float32(decoder(encoder.encode(images, mask)))
+    per_patch = (predicted - target_of(images, patch_size, norm_pix)).square().mean(dim=2)
+    mask = mask.to(images.device)
+    return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def target_of(
+    images: Float[Tensor, "batch channel height width"], patch_size: tuple[int, ...], norm_pix: bool
+) -> Float[Tensor, "batch token value"]:
+    """Pixels to predict.
+
+    Args:
+        images: Normalised images.
+        patch_size: Height and width of a patch in pixels.
+        norm_pix: Give each patch mean 0 and (unbiased) variance 1, with 1e-6 added to the variance.
+
+    Returns:
+        One row of pixels per patch.
+    """
+    target = _at_least_float32(patchify(images, patch_size))
+    if not norm_pix:
+        return target
+    mean, variance = target.mean(dim=2, keepdim=True), target.var(dim=2, keepdim=True)
+    return (target - mean) / (variance + 1e-6).sqrt()
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Losses are taken in float32 under mixed precision, in float64 where the model is."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

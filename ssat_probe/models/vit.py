@@ -1,0 +1,137 @@
+"""Vision Transformer with fixed positions and a class token, of timm's parts (Das et al., 2024; He et al., 2022)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_of
+
+# Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base. Decoders: the official code of
+# Das et al. (2024). vit_nano is ours: six blocks, so that depth can be looked at, in under 60,000 parameters.
+VARIANTS = {
+    "vit_nano": {"dim": 32, "depth": 6, "heads": 4, "mlp_ratio": 2, "decoder": (2, 16, 4)},
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "mlp_ratio": 4, "decoder": (2, 128, 16)},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6, "mlp_ratio": 4, "decoder": (2, 128, 16)},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12, "mlp_ratio": 4, "decoder": (2, 128, 16)},
+}
+
+
+def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
+    """Patch size when none is asked for: 16 pixels from 128 on, 8 from 64, 4 from 24, else 2.
+
+    Args:
+        img_size: Height and width in pixels.
+
+    Returns:
+        Height and width of a patch; 49 to 256 tokens on the usual squares (16 on 8x8).
+    """
+    smaller = min(img_size)
+    side = 16 if smaller >= 128 else 8 if smaller >= 64 else 4 if smaller >= 24 else 2
+    return side, side
+
+
+class Model(nn.Module):
+    """Vision Transformer; its weights have timm's names and shapes, so they interchange by name."""
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        channels: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4,
+    ) -> None:
+        """Make the model with fresh weights, from torch's global generator.
+
+        Args:
+            img_size: Height and width of the images in pixels.
+            patch_size: Height and width of a patch in pixels.
+            channels: Channels of the images.
+            num_classes: Classes of the head.
+            dim: Width.
+            depth: Blocks.
+            heads: Attention heads of a block.
+            mlp_ratio: Width of the hidden layer of an MLP in units of ``dim``.
+        """
+        super().__init__()
+        self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, dim
+        self.grid = grid_of(img_size, patch_size)
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.num_prefix_tokens = 1
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(img_size, patch_size, channels, dim)  # type: ignore[arg-type]  # takes pairs
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(
+            sincos_positions(dim, self.grid, with_class_token=True)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.apply(init_weights)
+
+    def encode(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        mask: Bool[Tensor, "batch token"] | None = None,
+    ) -> Features:
+        """Features of the images, or of their visible patches alone.
+
+        Args:
+            images: Normalised images.
+            mask: True at the patches to hide, which the blocks then never see; none for a full pass. Best on the CPU,
+                where counting the visible ones waits for nothing.
+
+        Returns:
+            The tokens after the final norm.
+        """
+        tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
+        visible_ids = None
+        if mask is not None:
+            visible_ids = visible_ids_of(mask).to(images.device)
+            tokens = tokens.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([class_token, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        return Features(tokens[:, 1:], tokens[:, 0], self.grid, visible_ids)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Logits of a full pass: the head on the class token.
+
+        Args:
+            images: Normalised images.
+
+        Returns:
+            One logit per class.
+        """
+        return self.head(self.encode(images).class_token)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights, a patch embedding being a linear map of its flattened patch, and zero biases.
+
+    The bias of the patch embedding keeps torch's own initialisation, as in the official code.
+
+    Args:
+        module: Linear, convolution or LayerNorm; anything else is left alone.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,50 @@
+"""Masked reconstruction: the pre-training stage of SSL+FT (He et al., 2022)."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ssat_probe.losses import Losses, reconstruction_error
+from ssat_probe.patches import random_mask
+from ssat_probe.recipe import Recipe
+
+
+class Objective(nn.Module):
+    """Mean squared error over the hidden patches of a masked pass."""
+
+    def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None) -> None:
+        """Wrap the modules.
+
+        Args:
+            recipe: Gives the mask ratio, the patch size and the kind of target.
+            encoder: Encoder; its head gets no gradient.
+            decoder: Predicts the pixels.
+
+        Raises:
+            ValueError: If there is no decoder.
+        """
+        super().__init__()
+        if decoder is None:
+            raise ValueError("Reconstruction needs a decoder, got none; build one with network.build_decoder.")
+        self.encoder, self.decoder, self.recipe = encoder, decoder, recipe
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        labels: Int[Tensor, " batch"],
+        noise: Float[Tensor, "batch token"],
+    ) -> Losses:
+        """Loss of a batch.
+
+        Args:
+            images: Normalised images.
+            labels: Not used.
+            noise: Uniform numbers that decide the masks.
+
+        Returns:
+            The mean reconstruction error.
+        """
+        mask = random_mask(noise, self.recipe.mask_ratio)
+        error = reconstruction_error(
+            self.encoder, self.decoder, images, mask, self.recipe.patch_size, self.recipe.norm_pix
+        )
+        return Losses(error.mean(), reconstruction=error.mean().detach())

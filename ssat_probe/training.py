@@ -1,0 +1,406 @@
+"""Train a recipe: one loop for every method, resumable at any step."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from ssat_probe import registry
+from ssat_probe.augmentation import augment
+from ssat_probe.budget import steps_per_epoch
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.data import open_dataset
+from ssat_probe.images import Facts, Images, normalise, split
+from ssat_probe.loading import LoadedBatch, batches, epoch_order
+from ssat_probe.losses import Losses
+from ssat_probe.network import Encoder, build_decoder, build_encoder, resolve
+from ssat_probe.recipe import Recipe
+from ssat_probe.schedule import learning_rate
+from ssat_probe.table import write_atomically
+
+OBJECTIVES = {"scratch": "supervised", "pretrain": "reconstruction", "finetune": "supervised", "ssat": "ssat"}
+"Objective of a method's only stage, and of the two stages of ssl_ft."
+
+Progress = Callable[[int, int, str], None]
+"Told after each step: steps done, steps in all, and what is going on."
+
+
+@dataclass
+class State:
+    """Everything that changes while a run goes on; with the weights and the optimiser, all that resuming needs.
+
+    Order, augmentation and masks of a step depend on the seed and the step alone, so there is no generator to keep.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    "Steps done in this epoch."
+    sums: dict[str, float] = field(default_factory=dict)
+    "Sums of this epoch so far."
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    "Finished epochs, one row each."
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    "Seconds and images of each stage."
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run goes on."""
+
+    recipe: Recipe
+    facts: Facts
+    train: Images
+    val: Images
+    folder: Path
+    accelerator: Accelerator
+    encoder: Encoder
+    decoder: nn.Module | None
+    workers: int
+
+
+def train(
+    recipe: Recipe,
+    out: Path | str = "checkpoints",
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    resume: bool = True,
+    device: str | None = None,
+    tracker: str | None = None,
+    workers: int = 2,
+    save_every_s: float = 10.0,
+    progress: Progress = lambda done, total, text: None,
+) -> Checkpoint:
+    """Train a recipe in ``out/<name of the run>``; what is complete is reused, what was interrupted goes on.
+
+    Writes ``<method>.pt`` (the checkpoint), ``pretrain.pt`` (end of the first stage of ssl_ft), ``log.csv`` (a row per
+    epoch) and ``cost.json``. While it runs, ``training_state.pt`` holds what resuming needs.
+
+    Args:
+        recipe: What to train.
+        out: Folder of the runs.
+        data_dir: Where the data set lies, if it is not embedded.
+        download: Fetch the data set if it is not there.
+        resume: Go on with an interrupted run of the same recipe; otherwise start it again.
+        device: ``cpu`` to stay on the CPU; by default the fastest device there is.
+        tracker: A tracker of accelerate to log to as well: ``tensorboard``, ``wandb``, ...
+        workers: Processes that decode images, where images are files.
+        save_every_s: Seconds between two saves of the training state.
+        progress: Called after each step.
+
+    Returns:
+        The checkpoint; a folder that holds another recipe's run is a ValueError.
+
+    Raises:
+        FloatingPointError: If the loss is not finite; the message names the step and the images, and the last saved
+            state stays as it was.
+    """
+    dataset = open_dataset(recipe.data, data_dir, download, recipe.img_size)
+    recipe = resolve(recipe, dataset.facts)
+    folder = Path(out) / recipe.name
+    path = folder / f"{recipe.method}.pt"
+    if path.exists():
+        return _same_recipe(load_checkpoint(path), recipe)
+    run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
+                                         split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
+    state, saved_optimiser = _resumed(run) if resume else (State(), None)
+    stages = list(recipe.stage_epochs.items())
+    per_epoch = steps_per_epoch(len(run.train), recipe.batch_size)
+    total_steps = per_epoch * sum(recipe.stage_epochs.values())
+    last_save = time.monotonic()
+
+    while state.stage < len(stages):
+        stage, num_epochs = stages[state.stage]
+        before = sum(epochs for _, epochs in stages[: state.stage])
+        objective, optimiser = _stage(run, stage, saved_optimiser)
+        saved_optimiser = None
+        while state.epoch < num_epochs:
+            started = time.monotonic()
+            for loaded in _epoch_batches(run, before + state.epoch, state):
+                waited = time.monotonic() - started
+                position = state.epoch + state.step / per_epoch
+                global_step = before * per_epoch + state.epoch * per_epoch + state.step
+                rate = learning_rate(recipe, position, num_epochs)
+                sums = _update(run, objective, optimiser, loaded, global_step, rate)
+                if not np.isfinite(sums["loss"]):
+                    raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
+                seconds = time.monotonic() - started
+                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited}.items():
+                    state.sums[name] = state.sums.get(name, 0.0) + value
+                state.step += 1
+                progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
+                if time.monotonic() - last_save > save_every_s:
+                    _save(run, state, optimiser)
+                    last_save = time.monotonic()
+                started = time.monotonic()
+            _finish_epoch(run, state, stage, rate)
+        if len(stages) > 1 and state.stage == 0:
+            _write(run, state, stage, folder / f"{stage}.pt")
+        state.stage, state.epoch = state.stage + 1, 0
+    checkpoint = _write(run, state, stages[-1][0], path)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return checkpoint
+
+
+def evaluate(
+    encoder: nn.Module,
+    images: Images,
+    facts: Facts,
+    device: torch.device | str,
+    ids: Sequence[int] | np.ndarray | None = None,
+) -> tuple[int, float]:
+    """Correct predictions and summed cross-entropy over images; the encoder is left as it was found.
+
+    Args:
+        encoder: Gives logits.
+        images: What to look at.
+        facts: How to normalise.
+        device: Where the encoder is.
+        ids: Positions to look at; all by default.
+
+    Returns:
+        Number of images whose largest logit is their class, and the sum of the losses in nats.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    positions = np.arange(len(images)) if ids is None else np.asarray(ids)
+    correct, loss = 0, 0.0
+    with torch.no_grad():
+        for pixels, labels, _ in batches(images, [positions[i : i + 256] for i in range(0, len(positions), 256)]):
+            logits = encoder(normalise(pixels.to(device), facts)).float()
+            labels = labels.to(device)
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    encoder.train(was_training)
+    return correct, loss
+
+
+def _start(
+    recipe: Recipe,
+    facts: Facts,
+    images: tuple[Images, Images],
+    folder: Path,
+    device: str | None,
+    tracker: str | None,
+    workers: int,
+) -> Run:
+    """Engine and fresh network of a run."""
+    AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        cpu=device == "cpu",
+        log_with=tracker,
+        project_dir=str(folder) if tracker else None,
+        # The head has no gradient in pre-training, nor the decoder in fine-tuning.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if tracker:
+        accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
+    has_decoder = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
+    encoder = build_encoder(recipe, facts).to(accelerator.device)
+    decoder = build_decoder(recipe, facts).to(accelerator.device) if has_decoder else None
+    if accelerator.is_main_process:
+        write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
+    return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
+
+
+def _stage(run: Run, stage: str, saved_optimiser: dict[str, Any] | None) -> tuple[nn.Module, Any]:
+    """Objective and optimiser of a stage, ready for the engine."""
+    name = OBJECTIVES[run.recipe.method if stage == "train" else stage]
+    objective = registry.load("objectives", name).Objective(run.recipe, run.encoder, run.decoder)
+    groups = param_groups_weight_decay(objective, run.recipe.weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=run.recipe.learning_rate, betas=run.recipe.betas)
+    objective, optimiser = run.accelerator.prepare(objective, optimiser)
+    if saved_optimiser is not None:
+        optimiser.load_state_dict(saved_optimiser["optimiser"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(saved_optimiser["scaler"])
+    objective.train()
+    return objective, optimiser
+
+
+def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
+    """What is left of this process's share of the epoch's batches."""
+    order = epoch_order(len(run.train), run.recipe.seed, epoch)
+    size = min(run.recipe.batch_size, len(order))
+    lists = [order[i * size : (i + 1) * size] for i in range(steps_per_epoch(len(order), size))]
+    mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
+    return batches(run.train, [ids[mine] for ids in lists[state.step :]], run.workers)
+
+
+def _update(
+    run: Run, objective: nn.Module, optimiser: Any, loaded: LoadedBatch, global_step: int, rate: float
+) -> dict[str, float]:
+    """One optimiser step; sums over its images, and the gradient norm."""
+    pixels, labels, _ = loaded
+    key = [run.recipe.seed, global_step, run.accelerator.process_index]
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    pixels = augment(pixels, run.recipe.augmentation, run.facts, generator)
+    noise = torch.rand(len(pixels), run.encoder.num_tokens, generator=generator)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    device = run.accelerator.device
+    parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
+    sums = {"images": 0.0, "loss": 0.0}
+    for part in parts:
+        images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
+        synchronise = part is parts[-1]
+        with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
+            losses = objective(images, part_labels, noise[part])
+        run.accelerator.backward(losses.total * (len(part) / len(pixels)))
+        for name, value in _sums(losses, part_labels).items():
+            sums[name] = sums.get(name, 0.0) + value
+    norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
+    optimiser.step()
+    optimiser.zero_grad()
+    return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+
+
+def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
+    """Loss terms summed over the images of a batch, and the number of correct predictions."""
+    num = len(labels)
+    sums = {"images": float(num), "loss": float(losses.total.detach()) * num}
+    for name in ("cross_entropy", "reconstruction"):
+        if (value := getattr(losses, name)) is not None:
+            sums[name] = float(value) * num
+    if losses.logits is not None:
+        sums["correct"] = float((losses.logits.argmax(dim=1) == labels).sum())
+    return sums
+
+
+def _finish_epoch(run: Run, state: State, stage: str, rate: float) -> None:
+    """Evaluate, write the log's row, and start the next epoch's sums."""
+    started = time.monotonic()
+    mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
+    counts = [float("nan"), float("nan")]
+    if stage != "pretrain":
+        counts = [float(value) for value in evaluate(run.encoder, run.val, run.facts, run.accelerator.device, mine)]
+    names = sorted(state.sums)
+    local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=torch.float32)
+    correct, val_loss, *values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
+    sums = dict(zip(names, values, strict=True))
+    processes = run.accelerator.num_processes
+    num, seconds = sums["images"], sums["seconds"] / processes
+    nan = float("nan")
+    row = {
+        "stage": stage,
+        "epoch": state.epoch + 1,
+        "loss": sums["loss"] / num,
+        "cross_entropy": sums.get("cross_entropy", nan) / num,
+        "reconstruction": sums.get("reconstruction", nan) / num,
+        "learning_rate": rate,
+        "grad_norm": sums["grad_norm"] / sums["steps"],
+        "train_accuracy": sums.get("correct", nan) / num,
+        "val_accuracy": correct / len(run.val),
+        "val_cross_entropy": val_loss / len(run.val),
+        "seconds": seconds,
+        "images_per_s": num / seconds,
+        "data_wait_s": sums["data_wait_s"] / processes,
+    }
+    state.rows.append(row)
+    cost = state.cost.setdefault(stage, {"images": 0.0, "train_s": 0.0, "data_wait_s": 0.0, "evaluation_s": 0.0})
+    spent = {"images": num, "train_s": seconds, "data_wait_s": row["data_wait_s"]}
+    for name, value in {**spent, "evaluation_s": time.monotonic() - started}.items():
+        cost[name] += value
+    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+    if run.accelerator.trackers:
+        run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
+
+
+def _save(run: Run, state: State, optimiser: Any) -> None:
+    """Write all that resuming needs, atomically."""
+    if not run.accelerator.is_main_process:
+        return
+    scaler = run.accelerator.scaler
+    content = {
+        "recipe": run.recipe.as_dict(),
+        "images": run.train.fingerprint(),
+        "state": dataclasses.asdict(state),
+        "model": state_of(run.encoder, run.decoder),
+        "optimiser": optimiser.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    save_tensors(content, run.folder / "training_state.pt")
+    _write_log(run, state)
+
+
+def _resumed(run: Run) -> tuple[State, dict[str, Any] | None]:
+    """State of an interrupted run, its weights loaded into the network; a fresh one where there is none."""
+    path = run.folder / "training_state.pt"
+    if not path.exists():
+        return State(), None
+    content = load_tensors(path, "the state of an interrupted training")
+    _refuse_other(Recipe.from_dict(content["recipe"], str(path)), run.recipe, path)
+    if content["images"] != run.train.fingerprint():
+        raise ValueError(
+            f"{path} must have been made from the images of data {run.recipe.data!r} as they are now, got others; "
+            "restore the images, or start the run again with --no-resume."
+        )
+    parts = {"": run.encoder, "decoder.": run.decoder}
+    for prefix, module in parts.items():
+        if module is not None:
+            names = module.state_dict().keys()
+            module.load_state_dict({name: content["model"][prefix + name] for name in names})
+    state = State(**content["state"])
+    return state, {"optimiser": content["optimiser"], "scaler": content["scaler"]}
+
+
+def _write(run: Run, state: State, stage: str, path: Path) -> Checkpoint:
+    """Write the weights as a checkpoint, with the log and the cost beside it."""
+    weights = state_of(run.encoder, run.decoder)
+    epoch = run.recipe.stage_epochs[stage]
+    checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
+    if run.accelerator.is_main_process:
+        _write_log(run, state)
+        save_checkpoint(checkpoint)
+        if stage != "pretrain":
+            (run.folder / "training_state.pt").unlink(missing_ok=True)
+    return checkpoint
+
+
+def _write_log(run: Run, state: State) -> None:
+    write_atomically(run.folder / "log.csv", pd.DataFrame(state.rows).to_csv(index=False))
+    write_atomically(run.folder / "cost.json", json.dumps(state.cost, indent=2) + "\n")
+
+
+def _same_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, if it is one of this recipe."""
+    _refuse_other(checkpoint.recipe, recipe, checkpoint.path)
+    return checkpoint
+
+
+def _refuse_other(there: Recipe, asked: Recipe, path: Path) -> None:
+    """Refuse to touch the run of another recipe."""
+    for name, value in asked.as_dict().items():
+        if there.as_dict()[name] != value:
+            raise ValueError(
+                f"{path} must be of the recipe that is asked for, got one with {name} {there.as_dict()[name]!r} "
+                f"instead of {value!r}; choose another folder with --out, or remove the run that is there."
+            )
+
+
+def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:
+    ids = loaded[2].tolist()
+    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    return (
+        f"The loss must be finite, got {loss} in stage {stage}, epoch {state.epoch + 1}, step {state.step + 1} "
+        f"(training images {shown}); the last saved state in {run.folder} is intact: lower base_lr, set clip_grad, "
+        "or use precision fp32."
+    )
