@@ -192,7 +192,7 @@ def legend_below(figure: Figure, note: str = "") -> None:
 
     Args:
         figure: Its height grows by what the legend needs, so that the panels keep theirs.
-        note: One line under the entries, such as what the bands are.
+        note: One line above the entries, such as what the bands are.
     """
     entries: dict[str, Any] = {}
     for ax in figure.axes:
@@ -233,6 +233,19 @@ def shade(ax: Axes, spans: Sequence[tuple[float, float]], label: str = "") -> No
     """
     for i, (begin, end) in enumerate(spans):
         ax.axvspan(begin, end, color=_NEUTRAL, zorder=0, linewidth=0, label=label if i == 0 else None)
+
+
+def keep_within(ax: Axes, low: float, high: float) -> None:
+    """Cut the y axis where no value can be, though a t interval may reach there.
+
+    Args:
+        ax: Whose y axis; drawn already.
+        low: Smallest possible value.
+        high: Largest possible value.
+    """
+    margin = 0.03 * (high - low)
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(max(bottom, low - margin), min(top, high + margin))
 
 
 def save(figure: Figure, path_stem: Path) -> list[Path]:

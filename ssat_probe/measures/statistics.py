@@ -1,7 +1,7 @@
 """Means, intervals and verdicts: what may be said from few seeds or many images."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -101,8 +101,23 @@ class StreamingMean:
         return torch.where(count > 1, (self._squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
 
+def median_of_defined(values: Float[Tensor, "*entry row"]) -> Float[Tensor, "*entry"]:
+    """Median over the last axis of the values that are not NaN.
+
+    Args:
+        values: NaN where undefined.
+
+    Returns:
+        Mean of the two middle values where their number is even; NaN where none is defined.
+    """
+    ordered = values.sort(-1).values  # NaN comes last
+    count = (~values.isnan()).sum(-1, keepdim=True)
+    low, high = (ordered.gather(-1, place.clamp(min=0)) for place in ((count - 1) // 2, count // 2))
+    return torch.where(count > 0, (low + high.nan_to_num(nan=0.0)) / 2, torch.nan)[..., 0]
+
+
 def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    values: Iterable[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Mean of many values with its percentile bootstrap interval.
 
@@ -121,7 +136,7 @@ def bootstrap_interval(
         Efron & Tibshirani (1993), "An introduction to the bootstrap", Sec. 13.3.
     """
     _check(confidence)
-    sample = np.asarray(values, dtype=np.float64)
+    sample = np.fromiter(values, dtype=np.float64)
     if len(sample) < 2 or np.isnan(sample).any():
         return Interval(_mean(sample), math.nan, math.nan)
     generator = np.random.default_rng(seed)
@@ -132,7 +147,7 @@ def bootstrap_interval(
     return Interval(_mean(sample), float(low), float(high))
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def t_interval(values: Iterable[float], *, confidence: float = 0.95) -> Interval:
     """Mean of few values, such as one per seed, with Student's t interval.
 
     Args:
@@ -147,7 +162,7 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval
         2.0
     """
     _check(confidence)
-    sample = np.asarray(values, dtype=np.float64)
+    sample = np.fromiter(values, dtype=np.float64)
     mean = _mean(sample)
     if len(sample) < 2:
         return Interval(mean, math.nan, math.nan)

@@ -1,0 +1,400 @@
+"""What happened inside a forward pass: attention and features, by block, without touching the model.
+
+    with capture.attention(model, reduce):
+        model(images)
+
+hands every block's attention to ``reduce``, one at a time, whichever kernel computed it; nothing is stored.
+"""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
+_MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention operation of one forward pass."""
+
+    block: int
+    "Transformer block, 0 next to the input."
+    name: str
+    "Module that computed it, such as ``blocks.3.attn``."
+    rows: Tensor
+    "(batch, head, query, key), float32 or float64: scores, scaled and with biases added; or else weights."
+    has_scores: bool
+    "True for scores before softmax, False for weights after it, where the operation does not show its scores."
+    is_valid: Tensor | None
+    "True for keys that a query may attend to, broadcasts against (batch, head, query, key); None means all."
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the residual stream."""
+
+    index: int
+    "0 for ``embed``, then two per block."
+    block: int
+    "Transformer block, 0 next to the input; -1 for ``embed``."
+    name: Literal["embed", "attention", "mlp"]
+    "Before the first block, after the attention of a block, after its MLP."
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Transformer blocks of a model, first to last.
+
+    Args:
+        model: Has its blocks in ``model.blocks``, as timm's Vision Transformers have.
+
+    Returns:
+        At least one module.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, nn.Sequential | nn.ModuleList) or len(found) == 0:
+        raise ValueError(
+            f"The model must hold its transformer blocks in 'blocks', got a {type(model).__name__} without. "
+            "Probe a Vision Transformer."
+        )
+    return list(found)
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Number of tokens in front of the patch tokens: class, distillation and register tokens.
+
+    Args:
+        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do.
+
+    Returns:
+        0 or more.
+
+    Raises:
+        ValueError: If the model does not say.
+    """
+    count = getattr(model, "num_prefix_tokens", None)
+    if not isinstance(count, int):
+        raise ValueError(
+            f"The model must say in 'num_prefix_tokens' how many tokens precede the patches, got a "
+            f"{type(model).__name__} with {count!r}. Set it on the model."
+        )
+    return count
+
+
+@contextmanager
+def attention(
+    model: nn.Module,
+    reduce: Callable[[Attention], None],
+    *,
+    only: Sequence[int] = (),
+    is_checked: bool = True,
+) -> Iterator[dict[int, float]]:
+    """Hand the attention of every block to ``reduce`` while the model runs once within the context.
+
+    Sees fused and unfused attention: ``F.scaled_dot_product_attention``, every softmax over the last axis of a
+    (batch, head, query, key) tensor, and ``nn.MultiheadAttention``. Hooks and modes are gone when the context ends,
+    however it ends. Does not see inside compiled or scripted models, nor kernels from outside torch.
+
+    Args:
+        model: In eval mode.
+        reduce: Gets one operation at a time, in the order of the forward pass; what it does not keep is freed.
+        only: Blocks to capture; empty means every block.
+        is_checked: Compare weights @ values with what the operation itself returned. Costs another attention.
+
+    Yields:
+        Largest absolute error of that comparison by block, filled while the model runs. NaN where the product with
+        the values could not be seen.
+
+    Raises:
+        ValueError: If the model is in training mode; if a block did not attend exactly once; if the comparison fails.
+            The sentence names the block.
+    """
+    if model.training:
+        raise ValueError("Attention must be captured in eval mode, got a model in training mode. Call model.eval().")
+    modules = blocks(model)
+    expected = tuple(only) or tuple(range(len(modules)))
+    known = {module: name for name, module in model.named_modules()}
+    names = {known[modules[block]]: block for block in expected}
+    errors: dict[int, float] = {}
+    with ExitStack() as stack:
+        mode = _AttentionMode(reduce, names, errors, is_checked)
+        for name, module in model.named_modules():
+            _follow(stack, module, name, mode.callers)
+        stack.enter_context(mode)
+        yield errors
+    for name, block in names.items():
+        if mode.counts[block] != 1:
+            raise ValueError(
+                f"{name} must attend exactly once per forward pass, got {mode.counts[block]} attention "
+                "operations. Run the model once, not compiled, with attention from torch."
+            )
+
+
+@contextmanager
+def features(model: nn.Module, reduce: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Hand the patch tokens of the residual stream at every site to ``reduce`` while the model runs once.
+
+    The stream after a block's attention is the input of its ``norm2`` or of its ``mlp``, whichever runs first: the
+    former where norms stand before, the latter where they stand after. Hooks are gone when the context ends.
+
+    Args:
+        model: In eval mode.
+        reduce: Gets a site and its patch tokens (batch, token, dim), in the order of the forward pass.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the model is in training mode; if a block has no state between attention and MLP; if a site was
+            not passed exactly once. The sentence names the block.
+    """
+    if model.training:
+        raise ValueError("Features must be captured in eval mode, got a model in training mode. Call model.eval().")
+    first = num_prefix_tokens(model)
+    counts: Counter[Site] = Counter()
+
+    def take(site: Site, tokens: Any) -> None:
+        if site.name == "attention" and counts[site]:
+            return  # the later of norm2 and mlp
+        counts[site] += 1
+        tokens = (tokens[0] if isinstance(tokens, tuple) else tokens)[:, first:]
+        if not tokens.isfinite().all():
+            raise ValueError(
+                f"Features at site {site.name!r} of block {site.block} must be finite, got NaN or infinity. "
+                "Check the weights."
+            )
+        reduce(site, tokens)
+
+    with ExitStack() as stack:
+        embed, *after = sites(model)
+        for index, block in enumerate(blocks(model)):
+            places = [getattr(block, name) for name in ("norm2", "mlp") if hasattr(block, name)]
+            if len(places) < 2:
+                raise ValueError(
+                    f"blocks.{index} must have 'norm2' and 'mlp' after its attention, got a {type(block).__name__} "
+                    "without. Blocks that run attention and MLP side by side have no state in between."
+                )
+            if index == 0:
+                _before(stack, block, embed, take)
+            for place in places:
+                _before(stack, place, after[2 * index], take)
+            _after(stack, block, after[2 * index + 1], take)
+        yield
+    for site in sites(model):
+        if counts[site] != 1:
+            raise ValueError(
+                f"Site {site.name!r} of block {site.block} must be passed exactly once per forward pass, got "
+                f"{counts[site]} times. Run the model once within the context."
+            )
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """All sites of the residual stream, in the order of the forward pass.
+
+    Args:
+        model: Has its blocks in ``model.blocks``.
+
+    Returns:
+        1 + 2 × number of blocks.
+    """
+    result = [Site(0, -1, "embed")]
+    for block in range(len(blocks(model))):
+        result += [Site(2 * block + 1, block, "attention"), Site(2 * block + 2, block, "mlp")]
+    return result
+
+
+class _AttentionMode(TorchFunctionMode):
+    """Sees every torch function that the model calls, and which module calls it."""
+
+    def __init__(
+        self,
+        reduce: Callable[[Attention], None],
+        names: Mapping[str, int],
+        errors: dict[int, float],
+        is_checked: bool,
+    ) -> None:
+        super().__init__()
+        self.callers: list[str] = []
+        self.counts: Counter[int] = Counter()
+        self._reduce = reduce
+        self._names = names
+        self._errors = errors
+        self._is_checked = is_checked
+        self._softmax: tuple[Attention, Tensor] | None = None  # waits for its product with the values
+        self._watchers: dict[Callable[..., Any], Callable[..., None]] = {
+            F.scaled_dot_product_attention: self._see_fused,
+            F.multi_head_attention_forward: self._see_module,
+            **dict.fromkeys(_SOFTMAX, self._see_softmax),
+            **dict.fromkeys(_MATMUL, self._see_product),
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        watch = self._watchers.get(func)
+        block = self._block() if watch else None
+        if watch is not None and block is not None:
+            output = result[0] if isinstance(result, tuple) else result
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                watch(block, output, *args, **kwargs)
+        return result
+
+    def _block(self) -> int | None:
+        """Block that is running, if it is one of the expected."""
+        return next((self._names[name] for name in reversed(self.callers) if name in self._names), None)
+
+    def _hand_over(self, seen: Attention) -> None:
+        if seen.has_scores and not (seen.rows < torch.inf).all():
+            raise ValueError(
+                f"{seen.name}: scores of attention must be finite, got NaN or infinity. Check the weights."
+            )
+        self.counts[seen.block] += 1
+        self._errors.setdefault(seen.block, math.nan)
+        self._reduce(seen)
+
+    def _see_fused(
+        self,
+        block: int,
+        result: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        if query.ndim != 4:
+            return
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        scores = _wide(query) @ _wide(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        is_valid = None
+        if is_causal:
+            is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()[None, None]
+        elif attn_mask is not None:
+            attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
+            is_valid = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
+            scores = scores if attn_mask.dtype == torch.bool else scores + attn_mask
+        if is_valid is not None:
+            scores = scores.masked_fill(~is_valid, -torch.inf)
+        seen = Attention(block, self.callers[-1], scores, True, is_valid)
+        if self._is_checked:
+            self._check(seen, value, result)
+        self._hand_over(seen)
+
+    def _see_softmax(
+        self, block: int, result: Tensor, input: Tensor, dim: int | None = None, *others: Any, **more: Any
+    ) -> None:
+        if input.ndim != 4 or dim not in (-1, 3):
+            return
+        is_valid = ~(input <= torch.finfo(input.dtype).min / 2)  # masked by -inf or the most negative number
+        caller = self.callers[-1].removesuffix(".softmax")
+        seen = Attention(block, caller, _wide(input), True, None if is_valid.all() else is_valid)
+        if self._is_checked:
+            self._softmax = (seen, result)
+        self._hand_over(seen)
+
+    def _see_product(self, block: int, result: Tensor, input: Tensor, other: Tensor) -> None:
+        """Compare with the product of the latest softmax and the values, if this is it."""
+        if self._softmax is None:
+            return
+        seen, weights = self._softmax
+        if input.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr() and input.shape == weights.shape:
+            self._softmax = None
+            self._check(seen, other, result)
+
+    def _see_module(self, block: int, result: Tensor, *args: Any, **kwargs: Any) -> None:
+        """``nn.MultiheadAttention``: the same call once more, now with the weights of every head."""
+        given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+        again = given | {"need_weights": True, "average_attn_weights": False, "is_causal": False}
+        output, weights = F.multi_head_attention_forward(**again)
+        assert weights is not None
+        weights = weights if weights.ndim == 4 else weights[None]
+        is_valid = _allowed(weights, given.get("attn_mask"), given.get("key_padding_mask"))
+        seen = Attention(block, self.callers[-1], _wide(weights), False, is_valid)
+        if self._is_checked:
+            self._compare(seen, output, result, 64 * torch.finfo(result.dtype).eps * float(output.abs().max() + 1))
+        self._hand_over(seen)
+
+    def _check(self, seen: Attention, value: Tensor, result: Tensor) -> None:
+        """Compare weights @ values with what the operation returned."""
+        weights = seen.rows.softmax(-1).nan_to_num(nan=0.0)  # rows without a valid key
+        largest = seen.rows.masked_fill(seen.rows.isneginf(), 0).abs().max()
+        # Rounding of the scores enters the weights in proportion to the scores' size.
+        tolerance = torch.finfo(result.dtype).eps * float((16 + 4 * largest) * value.abs().max())
+        self._compare(seen, weights @ value.to(weights.dtype), result, tolerance)
+
+    def _compare(self, seen: Attention, ours: Tensor, result: Tensor, tolerance: float) -> None:
+        error = float((ours - result.to(ours.dtype)).abs().max())
+        if not error <= tolerance:
+            raise ValueError(
+                f"{seen.name}: captured weights @ values must equal the operation's own output within {tolerance:.2g}, "
+                f"got a difference of {error:.2g}. This attention is not what was captured; do not trust its measures."
+            )
+        self._errors[seen.block] = error
+
+
+def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
+    """Valid keys under the masks of ``nn.MultiheadAttention``, whose True means that a key is left out."""
+    if attn_mask is None and key_padding_mask is None:
+        return None
+    is_valid = torch.ones_like(weights, dtype=torch.bool)  # extra keys (bias, zero) come last and are valid
+    for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
+        if mask is not None:
+            is_out = mask if mask.dtype == torch.bool else mask.isneginf()
+            is_out = is_out[..., None, None, :] if is_padding else is_out
+            shape = weights.shape[:2] if is_out.ndim == 3 and is_out.shape[0] > 1 else (1, 1)
+            is_out = is_out if is_out.ndim == 4 else is_out.reshape(*shape, *is_out.shape[-2:])
+            is_valid[..., : is_out.shape[-1]] &= ~is_out
+    return is_valid
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _follow(stack: ExitStack, module: nn.Module, name: str, callers: list[str]) -> None:
+    """Keep the name of the running module on top of ``callers``."""
+    before = module.register_forward_pre_hook(lambda *_: callers.append(name))
+    stack.callback(before.remove)
+
+    def leave(*_: Any) -> None:
+        callers.pop()
+
+    after = module.register_forward_hook(leave, always_call=True)
+    stack.callback(after.remove)
+
+
+def _before(stack: ExitStack, module: nn.Module, site: Site, take: Callable[[Site, Any], None]) -> None:
+    """Take the first input of the module at this site."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        take(site, args[0])
+
+    stack.callback(module.register_forward_pre_hook(hook).remove)
+
+
+def _after(stack: ExitStack, module: nn.Module, site: Site, take: Callable[[Site, Any], None]) -> None:
+    """Take the output of the module at this site."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        take(site, output)
+
+    stack.callback(module.register_forward_hook(hook).remove)
