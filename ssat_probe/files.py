@@ -19,7 +19,7 @@ MODES = {1: "L", 3: "RGB"}
 GREY = frozenset({"1", "L", "LA", "La", "I", "F"}) | {"I;16", "I;16B", "I;16L", "I;16N"}
 "Pillow's modes of images without colour."
 
-FORMATS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 "Endings of files that are taken for images."
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, no_type_check, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ VALIDATION_SEED = 0
 "The images carved from train for validation are the same in every run, whatever its seed."
 
 
+@no_type_check  # at run time, in tests: lists are welcome too
 @dataclass(frozen=True)
 class Facts:
     """What a data set states about itself; plain data, so that a checkpoint can carry it.
@@ -53,6 +54,7 @@ class Facts:
         return len(self.classes)
 
 
+@runtime_checkable
 class Images(Protocol):
     """Labelled images that are read by their position."""
 
@@ -74,6 +76,7 @@ class Images(Protocol):
         """Hash that changes when the images do."""
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """A data set: its facts and its official splits."""
 
@@ -286,13 +289,14 @@ def split(
         val_fraction: Share of train kept for validation where there is no official split; 0 keeps none.
 
     Returns:
-        The images.
-
-    Raises:
-        ValueError: If there is no such purpose, a number is outside its range, or validation is asked for with
-            ``val_fraction`` 0.
+        The images, decoded into memory if they are few enough.
     """
     known(name, ("train", "val", "test"), "splits")
+    chosen = _split(dataset, name, subset, subset_seed, val_fraction)
+    return in_memory(chosen, dataset.facts.img_size, dataset.facts.channels)
+
+
+def _split(dataset: Dataset, name: str, subset: int | float | None, subset_seed: int, val_fraction: float) -> Images:
     if name == "test" or (name == "val" and "val" in dataset.official):
         return dataset.images(name)
     train = dataset.images("train")
