@@ -62,7 +62,8 @@ class Dataset:
         Returns:
             The images, in memory.
         """
-        return self._splits[known(split, self.official, "splits of digits")]
+        known(split, self.official, "splits of digits")
+        return self._splits[split]
 
     @cached_property
     def _splits(self) -> dict[str, Images]:
