@@ -84,7 +84,7 @@ def _read(root: Path | None, split: str, download: bool) -> Images:
     if download:
         _download(root)
     _check_files(root / CIFAR10.base_folder)
-    with warnings.catch_warnings():  # the files were written by a numpy of 2009
+    with warnings.catch_warnings():  # numpy 2.4.0 to 2.4.4 of files this old: https://github.com/numpy/numpy/pull/29301
         warnings.simplefilter("ignore", VisibleDeprecationWarning)
         stored = CIFAR10(root, train=split == "train")
     if len(stored.data) != NUM_IMAGES[split]:
