@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -169,6 +170,32 @@ def lines_with_band(ax: Axes, table: DataFrame, x: str, y: str, **line: Any) -> 
             ax.fill_between(positions, low, high, color=one.look.colour, alpha=0.18, linewidth=0)
         look = {"color": one.look.colour, "marker": one.look.marker, "linestyle": one.look.linestyle}
         ax.plot(positions, [i.mean for i in intervals], label=one.label, **look | line)
+    return drawn
+
+
+def dots_by_series(ax: Axes, table: DataFrame, y: str) -> list[Series]:
+    """One place on the x axis per line of `series`: a dot per checkpoint, and the mean with its 95 % t interval.
+
+    Args:
+        ax: Where to draw.
+        table: A probe's table with the identity columns; rows of one checkpoint are averaged first.
+        y: Column for the y axis, numbers.
+
+    Returns:
+        What was drawn, one entry per place.
+    """
+    drawn = series(table)
+    for place, one in enumerate(drawn):
+        values = one.table.groupby("checkpoint", sort=False)[y].mean().to_numpy(dtype=float)
+        spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
+        ax.plot(place + spread, values, color=one.look.colour, marker=one.look.marker, linestyle="", alpha=0.55)
+        if len(values) > 1:
+            mean, low, high = t_interval(values.tolist())
+            ax.errorbar(
+                place + 0.25, mean, [[mean - low], [high - mean]], color=one.look.colour, marker="_", capsize=2.5
+            )
+    ax.set_xticks(range(len(drawn)), [one.label for one in drawn], rotation=0 if len(drawn) <= 4 else 90)
+    ax.set_xlim(-0.5, len(drawn) - 0.5 + 0.15)
     return drawn
 
 

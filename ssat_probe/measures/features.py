@@ -20,6 +20,7 @@ def feature_map_variance(tokens: Float[Tensor, "batch token dim"]) -> Float[Tens
         ValueError: If there are fewer than two tokens.
 
     Example:
+        >>> import torch
         >>> feature_map_variance(torch.tensor([[[1.0], [-1.0], [1.0], [-1.0]]]))
         tensor([1.3333], dtype=torch.float64)
 
