@@ -167,7 +167,8 @@ def lines_with_band(ax: Axes, table: DataFrame, x: str, y: str, **line: Any) -> 
         positions = values.index.to_numpy(dtype=float)
         if one.num_seeds > 1:
             low, high = [i.low for i in intervals], [i.high for i in intervals]
-            ax.fill_between(positions, low, high, color=one.look.colour, alpha=0.18, linewidth=0)
+            face, edge = (one.look.colour, 0.16), (one.look.colour, 0.6)  # the edge tells overlapping bands apart
+            ax.fill_between(positions, low, high, facecolor=face, edgecolor=edge, linewidth=0.5)
         look = {"color": one.look.colour, "marker": one.look.marker, "linestyle": one.look.linestyle}
         ax.plot(positions, [i.mean for i in intervals], label=one.label, **look | line)
     return drawn

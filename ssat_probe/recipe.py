@@ -29,7 +29,7 @@ class Recipe:
     data: str = "digits"
     "Data set; ssat-probe list names them."
 
-    subset: int | float | None = None
+    subset: float | int | None = None
     "Training images to use: a count (500) or a share (0.1), stratified; none means all."
 
     subset_seed: int = 0
@@ -121,6 +121,8 @@ class Recipe:
         for name in ("img_size", "patch_size"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
         object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.subset, float) and self.subset >= 1 and self.subset.is_integer():
+            object.__setattr__(self, "subset", int(self.subset))  # the command line gives 500.0 for 500
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), _HINTS[field.name])
         _check_ranges(self)

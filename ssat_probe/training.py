@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ssat_probe import registry
 from ssat_probe.augmentation import augment
-from ssat_probe.budget import steps_per_epoch
+from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
 from ssat_probe.data import open_dataset
 from ssat_probe.images import Facts, Images, normalise, split
@@ -156,6 +156,23 @@ def train(
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return checkpoint
+
+
+def plan(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -> tuple[Recipe, Budget]:
+    """What a training would do, without training.
+
+    Args:
+        recipe: What to train.
+        data_dir: Where the data set lies, if it is not embedded.
+        download: Fetch the data set if it is not there.
+
+    Returns:
+        The resolved recipe and its cost.
+    """
+    dataset = open_dataset(recipe.data, data_dir, download, recipe.img_size)
+    recipe = resolve(recipe, dataset.facts)
+    num_images = len(split(dataset, "train", recipe.subset, recipe.subset_seed))
+    return recipe, budget_of(recipe, dataset.facts, num_images)
 
 
 def evaluate(

@@ -1,0 +1,284 @@
+"""Command line: words in, calls out; the only module that prints or exits."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from ssat_probe import registry
+from ssat_probe.recipe import Recipe
+from ssat_probe.sample import Sample
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from ssat_probe.budget import Budget
+
+Checkpoints = Annotated[list[Path], Parameter(name="--ckpt", consume_multiple=(1, None))]
+Flat = Parameter(name="*")
+
+app = App(
+    name="ssat-probe",
+    help="Train Vision Transformers on limited data, probe them, and compare them.",
+    help_format="plaintext",
+    default_parameter=Parameter(consume_multiple=True, negative=()),
+    version_flags=["--version"],
+)
+
+
+@app.command
+def train(
+    *,
+    recipe: Annotated[Recipe, Flat] = Recipe(),
+    out: Path = Path("checkpoints"),
+    data_dir: Path | None = None,
+    download: bool = False,
+    resume: Annotated[bool, Parameter(negative=("--no-resume",))] = True,
+    device: str = "",
+    tracker: str = "",
+    plan: bool = False,
+) -> None:
+    """Train a model: from scratch, SSL+FT or SSAT.
+
+    Args:
+        recipe: What to train.
+        out: Folder of the runs; each makes its own folder in it.
+        data_dir: Where the data set lies on disk; the embedded ones need none.
+        download: Fetch the data set if it is not there.
+        resume: Go on with an interrupted run; --no-resume starts it again.
+        device: cpu, or empty for the fastest there is.
+        tracker: A tracker of accelerate to log to as well, such as tensorboard.
+        plan: Print the budget and stop.
+    """
+    from ssat_probe import training
+
+    resolved, budget = training.plan(recipe, data_dir, download)
+    _print_budget(resolved, budget)
+    if plan:
+        return
+    with _progress() as progress:
+        checkpoint = training.train(
+            recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
+            progress=progress,
+        )  # fmt: skip
+    _say(f"Wrote {checkpoint.path}")
+
+
+@app.command
+def reproduce(
+    analysis: Path | None = None,
+    *,
+    out: Path | None = None,
+    checkpoints: Path | None = None,
+    data_dir: Path | None = None,
+    download: bool = False,
+    device: str = "",
+    jobs: int = 0,
+    plan: bool = False,
+    smoke: bool = False,
+) -> None:
+    """Run an analysis: train its models, probe them, compare them; what is complete is reused.
+
+    Args:
+        analysis: A YAML file such as those in analyses/; by default the one of the three mechanisms.
+        out: Folder for tables, figures and the report; by default figures/<analysis>.
+        checkpoints: Folder for the trained models; by default checkpoints/<analysis>.
+        data_dir: Where the data set lies on disk; the embedded ones need none.
+        download: Fetch the data set if it is not there.
+        device: cpu, or empty for the fastest there is.
+        jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says.
+        plan: Print models and budgets, and stop.
+        smoke: One epoch on few images, to see that everything runs; the numbers mean nothing.
+    """
+    from ssat_probe import analysis as analyses
+    from ssat_probe import report as reports
+
+    chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke)
+    cells = analyses.plan(chosen, data_dir, download)
+    for recipe, budget in cells:
+        _print_budget(recipe, budget)
+    if plan:
+        return
+    out = out or Path("figures") / chosen.name
+    with _progress() as progress:
+        comparison, claims = analyses.run(
+            chosen, out, checkpoints or Path("checkpoints") / chosen.name,
+            data_dir=data_dir, device=device or None, jobs=jobs, progress=progress,
+        )  # fmt: skip
+    page = reports.report(out)
+    _print_table(comparison)
+    _print_table(claims)
+    _say(f"Wrote {page}")
+
+
+@app.command
+def draw(tables: Annotated[list[Path], Parameter(consume_multiple=(1, None))]) -> None:
+    """Draw figures again from the tables that probes wrote; needs no model.
+
+    Args:
+        tables: Files such as figures/mechanisms/attention.csv.
+    """
+    from ssat_probe import drawing, probe
+    from ssat_probe.table import read_table
+
+    for path in tables:
+        table = read_table(path)
+        drawing.save(probe.draw(path.stem, table), path.with_suffix(""))
+        _say(f"Wrote {path.with_suffix('.png')} and .pdf")
+
+
+@app.command
+def report(folder: Path) -> None:
+    """Make one self-contained HTML page from a folder of results.
+
+    Args:
+        folder: Such as figures/mechanisms.
+    """
+    from ssat_probe import report as reports
+
+    _say(f"Wrote {reports.report(folder)}")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List models, data sets, objectives, decoders and probes."""
+    for kind in ("models", "data", "objectives", "decoders", "probes"):
+        _say(f"{kind}:")
+        for name in registry.names(kind):
+            _say(f"  {name:<16} {registry.summary(kind, name)}")
+            variants = [variant for variant, file in registry.variants(kind).items() if file == name]
+            if variants:
+                _say(f"  {'':<16} {', '.join(variants)}")
+
+
+def _probe_command(name: str) -> Callable[..., None]:
+    """Command of a probe: its options are the fields of the probe and of the sample."""
+    probes = registry.load("probes", name)
+
+    def command(
+        *,
+        ckpt: Checkpoints,
+        probe: Annotated[probes.Probe, Flat] = probes.Probe(),  # type: ignore[name-defined]
+        sample: Annotated[Sample, Flat] = Sample(),
+        out: Path | None = None,
+    ) -> None:
+        from ssat_probe import probe as runner
+
+        out = out or Path("figures") / runner.folder_name(ckpt)
+        with _progress() as progress:
+            table = runner.run(probe, ckpt, sample, out, progress)
+        _print_table(probe.summary(table))
+        _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
+
+    command.__doc__ = f"""{registry.summary("probes", name)}
+
+    Args:
+        ckpt: Checkpoints to measure, one or more.
+        probe: Options of the probe.
+        sample: Which images.
+        out: Folder for the table, its record and its figure; by default one in figures/ named after the checkpoints.
+    """
+    return command
+
+
+for _name in registry.names("probes"):
+    app.command(_probe_command(_name), name=_name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit status 2.
+
+    Args:
+        argv: Words; by default those of the process.
+
+    Raises:
+        ModuleNotFoundError: If a module of this package is missing, which is no mistake of the user.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        app.config = _config(words)
+        app(words, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("ssat_probe"):
+            raise
+        _fail(str(error))
+    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("Interrupted; the same command goes on from here.", status=130)
+
+
+def _config(words: list[str]) -> tuple[Any, ...]:
+    """Options from the YAML file after ``--config``, which is taken out of the words."""
+    if "--config" not in words:
+        return ()
+    place = words.index("--config")
+    path = Path(words[place + 1]) if place + 1 < len(words) else Path()
+    if not path.is_file():
+        raise FileNotFoundError(f"--config must be followed by a YAML file, got {str(path)!r}; check the path.")
+    del words[place : place + 2]
+    return (cyclopts.config.Yaml(path, use_commands_as_keys=False, must_exist=True),)
+
+
+def _fail(sentence: str, status: int = 2) -> None:
+    print(" ".join(sentence.split()), file=sys.stderr)  # noqa: T201
+    sys.exit(status)
+
+
+def _say(line: str) -> None:
+    print(line)  # noqa: T201
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with an estimate on stderr; gone when it is done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield update
+
+
+def _print_budget(recipe: Recipe, budget: "Budget") -> None:
+    """What a run costs, in a few lines."""
+    decoder = f" + {budget.decoder_parameters:,} in the decoder" if budget.decoder_parameters else ""
+    _say(
+        f"{recipe.name}: {budget.encoder_parameters:,} parameters{decoder}, peak learning rate {recipe.learning_rate:g}"
+    )
+    for stage in budget.stages:
+        _say(
+            f"  {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps, {stage.images:,} images, "
+            f"{stage.multiply_adds_per_image / 1e6:,.3g} M multiply-adds per image forward"
+        )
+
+
+def _print_table(table: "DataFrame") -> None:
+    """A table that can be read in a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(header_style="bold")
+    for name in table.columns:
+        shown.add_column(str(name).replace("_", " "), justify="left" if table[name].dtype.kind in "OU" else "right")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    Console().print(shown)

@@ -1,0 +1,270 @@
+"""Probe: what a probe is; run one on checkpoints and keep its table, record and figure together."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ssat_probe import registry
+from ssat_probe.sample import Sample
+from ssat_probe.table import Column, read_table, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from ssat_probe.subject import Subject
+
+IDENTITY = (
+    Column("checkpoint", "", "name of the run that the weights come from"),
+    Column("model", "", "encoder"),
+    Column("method", "", "scratch, ssl_ft (SSL+FT) or ssat (SSAT)"),
+    Column("data", "", "data set of the training"),
+    Column("seed", "", "seed of the training"),
+    Column("epoch", "", "epochs of the last stage"),
+)
+"What a table says about each checkpoint, in front of a probe's own columns."
+
+RECORDED_PACKAGES = ("ssat-probe", "torch", "timm", "numpy", "scipy", "pandas", "matplotlib")
+
+Progress = Callable[[int, int, str], None]
+
+
+class Probe(Protocol):
+    """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing."""
+
+    split: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
+
+    def measure(self, subject: "Subject") -> "DataFrame":
+        """The probe's own columns for one subject."""
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Figure of a table of one or more checkpoints."""
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """A few readable rows."""
+
+
+def make(name: str, **options: Any) -> Probe:
+    """Probe by name.
+
+    Args:
+        name: File name in ``probes``.
+        options: Its fields.
+
+    Returns:
+        The probe; an unknown name or option is a ValueError with the nearest valid one.
+    """
+    module = registry.load("probes", name)
+    fields = [field.name for field in dataclasses.fields(module.Probe)]
+    for option in options:
+        registry.known(option, fields, f"the options of {name}")
+    return module.Probe(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def measure(name: str, checkpoints: Sequence[Path | str], **options: Any) -> "DataFrame":
+    """Table of a probe for some checkpoints.
+
+    Args:
+        name: Of the probe.
+        checkpoints: Paths.
+        options: Fields of the probe and of ``Sample``.
+
+    Returns:
+        Identity columns, then the probe's own; rows of the checkpoints one after another.
+    """
+    sample_fields = {field.name for field in dataclasses.fields(Sample)}
+    sample = Sample(**{k: v for k, v in options.items() if k in sample_fields})
+    probe = make(name, **{k: v for k, v in options.items() if k not in sample_fields})
+    return measure_all(probe, [Path(path) for path in checkpoints], sample)[0]
+
+
+def draw(name: str, table: "DataFrame") -> "Figure":
+    """Figure of a probe's table, also of one read back from csv.
+
+    Args:
+        name: Of the probe.
+        table: What ``measure`` gave.
+
+    Returns:
+        The figure.
+    """
+    return make(name).draw(table)
+
+
+def measure_all(
+    probe: Probe,
+    paths: Sequence[Path],
+    sample: Sample,
+    progress: Progress = lambda done, total, text: None,
+) -> tuple["DataFrame", dict[str, Any]]:
+    """Table of a probe for some checkpoints, and the record of how it was made.
+
+    Args:
+        probe: With its options.
+        paths: Checkpoints.
+        sample: Which images.
+        progress: Told how many checkpoints are done.
+
+    Returns:
+        The table with identity columns in front, and the record as plain data.
+    """
+    import pandas as pd
+    import torch
+
+    from ssat_probe.subject import Subject
+
+    started = time.monotonic()
+    tables: list[DataFrame] = []
+    seen: list[dict[str, Any]] = []
+    for done, path in enumerate(paths):
+        progress(done, len(paths), str(path))
+        subject = Subject.of(path, sample, probe.split)
+        label = subject.checkpoint.label
+        if label in [entry["checkpoint"] for entry in seen]:
+            label = f"{label} ({path})"
+        table = _with_identity(probe.measure(subject), subject, label)
+        tables.append(table)
+        seen.append(_seen(subject, path, label))
+    progress(len(paths), len(paths), "")
+    record = {
+        "probe": _name_of(probe),
+        "options": _plain(dataclasses.asdict(probe)),  # type: ignore[call-overload]
+        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
+        "checkpoints": seen,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        "device": str(subject.device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    return pd.concat(tables, ignore_index=True), record
+
+
+def run(
+    probe: Probe,
+    paths: Sequence[Path],
+    sample: Sample,
+    out: Path,
+    progress: Progress = lambda done, total, text: None,
+) -> "DataFrame":
+    """Measure, and write ``<probe>.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
+
+    Args:
+        probe: With its options.
+        paths: Checkpoints.
+        sample: Which images.
+        out: The folder.
+        progress: Told how many checkpoints are done.
+
+    Returns:
+        The table.
+    """
+    table, record = measure_all(probe, paths, sample, progress)
+    write_results(probe, table, record, out)
+    return table
+
+
+def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out: Path) -> None:
+    """Write a probe's table, record and figure.
+
+    Args:
+        probe: Draws.
+        table: Of one or more checkpoints.
+        record: How the table was made.
+        out: The folder.
+    """
+    from ssat_probe import drawing
+
+    write_table(table, out / f"{record['probe']}.csv", record)
+    drawing.save(probe.draw(read_table(out / f"{record['probe']}.csv")), out / record["probe"])
+
+
+def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path) -> bool:
+    """Whether a folder holds this probe's complete table for these very weights, images, options and version.
+
+    Args:
+        probe: With its options.
+        paths: Checkpoints.
+        sample: Which images.
+        out: The folder.
+
+    Returns:
+        True if measuring again would give what is there.
+    """
+    from ssat_probe.subject import Subject
+
+    path = out / f"{_name_of(probe)}.json"
+    if not path.is_file() or not path.with_suffix(".csv").is_file():
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    options = _plain(dataclasses.asdict(probe))  # type: ignore[call-overload]
+    wanted = _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split}
+    if record.get("options") != options or record.get("sample") != wanted:
+        return False
+    if record.get("versions", {}).get("ssat-probe") != version("ssat-probe"):
+        return False
+    there = [(entry["hash"], entry["images"]) for entry in record["checkpoints"]]
+    subjects = (Subject.of(path, sample, probe.split) for path in paths)
+    return there == [(subject.checkpoint.hash, subject.fingerprint) for subject in subjects]
+
+
+def _with_identity(table: "DataFrame", subject: "Subject", label: str) -> "DataFrame":
+    checkpoint = subject.checkpoint
+    recipe = checkpoint.recipe
+    identity: dict[str, Any] = {
+        "checkpoint": label,
+        "model": recipe.model,
+        "method": recipe.method,
+        "data": recipe.data,
+        "seed": recipe.seed,
+        "epoch": checkpoint.epoch,
+    }
+    table = table.copy()
+    for place, (name, value) in enumerate(identity.items()):
+        table.insert(place, name, value)
+    return table
+
+
+def _seen(subject: "Subject", path: Path, label: str) -> dict[str, Any]:
+    """What the record says about a checkpoint and the images it was shown."""
+    return {
+        "checkpoint": label,
+        "path": str(path),
+        "hash": subject.checkpoint.hash,
+        "images": subject.fingerprint,
+        "num_images": subject.num_images,
+    }
+
+
+def _name_of(probe: Probe) -> str:
+    return type(probe).__module__.rpartition(".")[2]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def folder_name(paths: Sequence[Path]) -> str:
+    """Name of a folder for the results of some checkpoints: the same for the same ones, another for others.
+
+    Args:
+        paths: Checkpoints.
+
+    Returns:
+        Their stems with their folders for up to three, else their number; then the beginning of a hash of the paths.
+    """
+    digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:6]
+    names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
+    stem = names[0] if len(names) == 1 else f"{len(names)}-checkpoints"
+    return f"{stem}-{digest}"

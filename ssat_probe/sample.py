@@ -1,0 +1,45 @@
+"""Sample: which images a probe looks at, and in which arithmetic."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which images a probe looks at, and in which arithmetic."""
+
+    data: str = ""
+    "Data set to look at; empty means the one the checkpoint was trained on."
+
+    data_dir: Path | None = None
+    "Where the data set lies on disk; the embedded ones need none."
+
+    split: Literal["", "train", "val", "test"] = ""
+    "Part of the data set; empty means the probe's own choice (test, or train for the loss surface)."
+
+    num_images: int = 512
+    "Images to look at, stratified by class; 0 means all."
+
+    sample_seed: int = 0
+    "Which images, and the masks of the masked pass."
+
+    batch_size: int = 128
+    "Images at a time; results do not depend on it."
+
+    device: str = ""
+    "cpu, cuda, mps; empty means the fastest there is."
+
+    dtype: Literal["float32", "float64"] = "float32"
+    "Arithmetic of the model."
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: If one is out of its range.
+        """
+        for name, least in (("num_images", 0), ("sample_seed", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")

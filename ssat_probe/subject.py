@@ -1,0 +1,184 @@
+"""Subject: a model, images and a loss, ready to be measured."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint
+from ssat_probe.data import open_dataset
+from ssat_probe.images import Images, Selection, normalise, split
+from ssat_probe.loading import batches
+from ssat_probe.losses import reconstruction_error
+from ssat_probe.network import Encoder
+from ssat_probe.patches import random_mask
+from ssat_probe.registry import known
+from ssat_probe.sample import Sample
+from ssat_probe.sampling import stratified_subset
+
+TERMS = ("cross_entropy", "reconstruction", "joint")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images on the device, normalised, with their classes and their positions in the sample."""
+
+    images: Float[Tensor, "batch channel height width"]
+    labels: Int[Tensor, " batch"]
+    ids: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What lies under the microscope: a model in eval mode, images that stream past it, and a loss."""
+
+    checkpoint: Checkpoint
+    model: Encoder
+    "Encoder with its head; a call gives logits."
+    decoder: nn.Module | None
+    images: Images
+    sample: Sample
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, path: Path | str, sample: Sample, default_split: str = "test") -> "Subject":
+        """Put a checkpoint under the microscope.
+
+        Args:
+            path: Of the checkpoint.
+            sample: Which images, on which device, in which arithmetic.
+            default_split: Part of the data where the sample leaves that open.
+
+        Returns:
+            The subject.
+
+        Raises:
+            ValueError: If the images have other channels than the model takes.
+        """
+        checkpoint = load_checkpoint(path)
+        recipe, facts = checkpoint.recipe, checkpoint.facts
+        dataset = open_dataset(sample.data or recipe.data, sample.data_dir, img_size=recipe.img_size)
+        if dataset.facts.channels != facts.channels:
+            raise ValueError(
+                f"The images of data {sample.data!r} must have {facts.channels} channels as {checkpoint.path} needs, "
+                f"got {dataset.facts.channels}; choose other images with --data."
+            )
+        is_own = sample.data in ("", recipe.data)
+        part = sample.split or default_split
+        images = split(dataset, part, recipe.subset if is_own else None, recipe.subset_seed)
+        count = min(sample.num_images, len(images)) if sample.num_images else None
+        images = Selection(images, stratified_subset(images.labels, count, sample.sample_seed))
+        device, dtype = device_of(sample.device), getattr(torch, sample.dtype)
+        model = checkpoint.encoder().to(device, dtype).eval()
+        decoder = checkpoint.decoder()
+        decoder = decoder.to(device, dtype).eval() if decoder is not None else None
+        return cls(checkpoint, model, decoder, images, sample, device, dtype)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in the sample."""
+        return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the images looked at."""
+        return hashlib.sha256(self.images.fingerprint().encode()).hexdigest()
+
+    def batches(self) -> Iterator[Batch]:
+        """The images, a batch at a time, always in the same order.
+
+        Yields:
+            Normalised as the checkpoint's training did.
+        """
+        size = self.sample.batch_size
+        lists = [range(i, min(i + size, len(self.images))) for i in range(0, len(self.images), size)]
+        for pixels, labels, ids in batches(self.images, lists):
+            images = normalise(pixels.to(self.device), self.checkpoint.facts, self.dtype)
+            yield Batch(images, labels.to(self.device), ids)
+
+    def loss(self, batch: Batch, term: str = "cross_entropy") -> Float[Tensor, ""]:
+        """Loss of a batch, mean over its images, differentiable; the same function for every checkpoint.
+
+        Args:
+            batch: From ``batches``.
+            term: ``cross_entropy`` (without label smoothing), ``reconstruction`` (masks frozen per image), or
+                ``joint``: λ of the recipe times the first plus 1-λ times the second.
+
+        Returns:
+            In nats, normalised pixels squared, or their weighted sum; reconstruction without a decoder is a ValueError.
+        """
+        known(term, TERMS, "losses")
+        if term == "cross_entropy":
+            return F.cross_entropy(self.model(batch.images), batch.labels)
+        if term == "reconstruction":
+            return self.reconstruction_errors(batch).mean()
+        weight = self.checkpoint.recipe.lambda_weight
+        return weight * self.loss(batch) + (1 - weight) * self.loss(batch, "reconstruction")
+
+    def reconstruction_errors(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """Reconstruction error of each image, under a mask that depends on the image alone.
+
+        Args:
+            batch: From ``batches``.
+
+        Returns:
+            Mean square over the hidden patches, in normalised pixels squared.
+
+        Raises:
+            ValueError: If the checkpoint has no decoder.
+        """
+        recipe = self.checkpoint.recipe
+        if self.decoder is None:
+            raise ValueError(
+                f"{self.checkpoint.path} must hold a decoder for the reconstruction error, got none; "
+                "use --loss cross_entropy, or a checkpoint of ssat or ssl_ft."
+            )
+        seeds = ([self.sample.sample_seed, int(i)] for i in batch.ids)
+        noise = np.stack([np.random.default_rng(seed).random(self.model.num_tokens) for seed in seeds])
+        mask = random_mask(torch.from_numpy(noise), recipe.mask_ratio)
+        return reconstruction_error(self.model, self.decoder, batch.images, mask, recipe.patch_size, recipe.norm_pix)
+
+    def parameters(self, term: str = "cross_entropy") -> dict[str, nn.Parameter]:
+        """Trainable parameters that a loss may depend on, by name.
+
+        Args:
+            term: As for ``loss``.
+
+        Returns:
+            Those of the encoder and head, and of the decoder behind ``decoder.`` unless the loss is the cross-entropy.
+        """
+        modules = {"": self.model} if term == "cross_entropy" else {"": self.model, "decoder.": self.decoder}
+        return {
+            prefix + name: parameter
+            for prefix, module in modules.items()
+            if module is not None
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def device_of(name: str) -> torch.device:
+    """Device by name; an empty name is the fastest there is.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or empty.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that is here, got {name!r}; use cpu, or leave it out.") from error
