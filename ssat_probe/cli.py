@@ -216,14 +216,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _config(words: list[str]) -> tuple[Any, ...]:
     """Options from the YAML file after ``--config``, which is taken out of the words."""
+    words[:] = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words:
         return ()
     place = words.index("--config")
     path = Path(words[place + 1]) if place + 1 < len(words) else Path()
     if not path.is_file():
         raise FileNotFoundError(f"--config must be followed by a YAML file, got {str(path)!r}; check the path.")
+    _check_yaml(path)
     del words[place : place + 2]
     return (cyclopts.config.Yaml(path, use_commands_as_keys=False, must_exist=True),)
+
+
+def _check_yaml(path: Path) -> None:
+    """Name the file and the line where cyclopts would name neither."""
+    import yaml
+
+    try:
+        yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path} must be YAML (key: value), got something else{line}; correct it there.") from error
 
 
 def _fail(sentence: str, status: int = 2) -> None:
@@ -237,7 +251,7 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with an estimate on stderr; gone when it is done."""
+    """A bar with an estimate on stderr, gone when it is done; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -248,8 +262,12 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if not console.is_interactive:  # rich would leave an empty line
+        yield lambda done, total, text: None
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def update(done: int, total: int, text: str) -> None:

@@ -219,6 +219,8 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
     for name in ("weight_decay", "min_lr", "warmup_epochs", "seed", "subset_seed"):
         check(name, getattr(recipe, name) >= 0, "at least 0")
+    for name in ("seed", "subset_seed"):
+        check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")
     check("base_lr", recipe.base_lr > 0, "above 0")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
     check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")

@@ -119,6 +119,8 @@ def train(
     run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
                                          split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
     state, saved_optimiser = _resumed(run) if resume else (State(), None)
+    if run.accelerator.is_main_process:
+        write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
     stages = list(recipe.stage_epochs.items())
     per_epoch = steps_per_epoch(len(run.train), recipe.batch_size)
     total_steps = per_epoch * sum(recipe.stage_epochs.values())
@@ -148,7 +150,9 @@ def train(
                     _save(run, state, optimiser)
                     last_save = time.monotonic()
                 started = time.monotonic()
-            _finish_epoch(run, state, stage, rate)
+            # Not `rate`: a run that resumes after the last step of an epoch has no step left in it.
+            last = learning_rate(recipe, state.epoch + (per_epoch - 1) / per_epoch, num_epochs)
+            _finish_epoch(run, state, stage, last)
         if len(stages) > 1 and state.stage == 0:
             _write(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0
@@ -228,13 +232,13 @@ def _start(
         # The head has no gradient in pre-training, nor the decoder in fine-tuning.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if device and not str(accelerator.device).startswith(device):
+        raise ValueError(f"device must be one that is here, got {device!r}; use cpu, or leave it out.")
     if tracker:
         accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
     has_decoder = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
     encoder = build_encoder(recipe, facts).to(accelerator.device)
     decoder = build_decoder(recipe, facts).to(accelerator.device) if has_decoder else None
-    if accelerator.is_main_process:
-        write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
     return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
 
 
