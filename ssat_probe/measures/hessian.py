@@ -1,0 +1,333 @@
+"""Hessian of a mean loss as an operator: exact products by double backward, loss, gradient; dense for small models.
+
+The only recipe used is gradient of gradient. `torch.func.hessian`, `jvp(jacrev(f))` and `grad(jvp(f))` are silently
+wrong through layer normalisation (a test keeps watch over which of them still are).
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CHUNK = 64  # vectors of one batched product; tuned on a 3,000-parameter ViT, no source
+DENSE_BYTES = 2 * 2**30  # largest dense Hessian that is assembled without being asked
+_NOT_TWICE = ("not implemented", "derivative for", "double backward", "differentiate twice", "backward of backward")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and its gradient over all images, from one pass over the batches."""
+
+    loss: float
+    gradient: Float64[Tensor, " parameter"]
+    batch_losses: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+
+
+class HessianOperator:
+    """Hessian of the mean loss over all images with respect to the given parameters, at their present values.
+
+    Batches weigh as many times as they hold images, so that micro-batch size and a ragged last batch change nothing.
+    Products run in the dtype of the model; vectors and sums over batches are float64. Parameters that are frozen
+    (``requires_grad`` false) or that the loss does not use give rows and columns of zeros. Attention is put on the
+    math kernel during the forward pass, because fused attention has no second derivative. Nothing of the model is
+    changed: no ``.grad``, no mode, no random state.
+
+    Inside a ``with`` block the graph of a first backward pass is kept between products where there is one batch only
+    (about 1.6 times faster); it is released at the end of the block. Otherwise each product makes its own graphs.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        loss: Callable[[Any], Tensor],
+        batches: Iterable[tuple[Any, int]],
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            parameters: Tensors by name; their flat concatenation, in this order, is the space of the operator.
+            loss: Loss of one batch, a scalar that depends on the parameters; mean or sum over the images of the batch.
+            batches: Pairs of (batch, number of its images), the same at every iteration; not an iterator.
+            reduction: ``"mean"`` or ``"sum"``: what ``loss`` does over the images of a batch.
+
+        Raises:
+            ValueError: If there are no parameters, one is given twice, the batches can be read only once, or the
+                reduction is unknown.
+        """
+        if not parameters:
+            raise ValueError("A Hessian needs at least one parameter, got none. Check the selection of parameters.")
+        if len({id(parameter) for parameter in parameters.values()}) < len(parameters):
+            raise ValueError(
+                f"Each parameter must be given once, got {', '.join(parameters)} with one tensor under two names. "
+                "Keep one name of each shared tensor."
+            )
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"Batches must be readable again and again, got {type(batches).__name__}. Pass a list or a loader."
+            )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"The reduction must be 'mean' or 'sum', got {reduction!r}. Say what the loss does.")
+        self.parameters = dict(parameters)
+        self.batches = batches
+        self.reduction = reduction
+        self.num_products = 0
+        self.num_images = 0
+        "Images that went through products so far: number of images times number of products."
+        self._loss = loss
+        self._is_open = False
+        self._graph: tuple[list[Tensor | None], int] | None = None
+        ends = np.cumsum([0, *(parameter.numel() for parameter in parameters.values())])
+        self._slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
+
+    @property
+    def size(self) -> int:
+        """Number of scalar parameters, frozen ones included."""
+        return self._slices[-1].stop
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors live: with the parameters."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def precision(self) -> float:
+        """Machine epsilon of the products: that of the coarsest dtype among the parameters."""
+        return max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
+
+    def __enter__(self) -> Self:
+        """Keep the graph of a single batch between products from here on."""
+        self._is_open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the graph."""
+        self._is_open = False
+        self.release()
+
+    def release(self) -> None:
+        """Forget the kept graph; the next product makes a new one."""
+        self._graph = None
+
+    def product(self, vector: Float64[Tensor, " parameter"]) -> Float64[Tensor, " parameter"]:
+        """Hessian times one vector.
+
+        Args:
+            vector: Any length (norm); on the device of the parameters.
+
+        Returns:
+            In units of loss per squared unit of parameter times the vector.
+        """
+        return self.products(vector[None])[0]
+
+    def products(self, vectors: Float64[Tensor, "vector parameter"]) -> Float64[Tensor, "vector parameter"]:
+        """Hessian times several vectors, which share the graph and, where the model allows it, the backward pass.
+
+        Args:
+            vectors: One vector per row.
+
+        Returns:
+            One product per row.
+
+        Raises:
+            ValueError: If the vectors do not fit, there is no batch, or the loss is not a finite scalar that can be
+                differentiated twice.
+        """
+        if vectors.shape[1] != self.size:
+            raise ValueError(
+                f"A vector must have one entry per parameter ({self.size}), got {vectors.shape[1]}. "
+                "Concatenate the parameters in the order of the operator."
+            )
+        num_images = 0
+        with _undisturbed():
+            vectors = vectors.clone()  # a plain tensor, also of one that inference mode made
+            total = torch.zeros_like(vectors)
+            for gradients, num in self._graphs():
+                share = num if self.reduction == "mean" else 1
+                total += share * self._second(gradients, vectors, retain_graph=self._graph is not None)
+                num_images += num
+        self.num_products += len(vectors)
+        self.num_images += num_images * len(vectors)
+        return total / num_images
+
+    def evaluate(self) -> Evaluation:
+        """Mean loss and gradient over all images.
+
+        Returns:
+            The loss, the gradient in float64, and loss and size of each batch in the order they came.
+        """
+        gradient = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        losses, sizes = [], []
+        with _undisturbed():
+            for batch, num, _ in self._sized():
+                loss = self._forward(batch)
+                first = self._differentiate([loss], None, create_graph=False)
+                share = num if self.reduction == "mean" else 1
+                for place, block in zip(self._slices, first, strict=True):
+                    if block is not None:
+                        gradient[place] += share * block.detach().reshape(-1).double()
+                losses.append(float(loss.detach()) * share / num)
+                sizes.append(num)
+        loss_sum = sum(loss * num for loss, num in zip(losses, sizes, strict=True))
+        return Evaluation(loss_sum / sum(sizes), gradient / sum(sizes), tuple(losses), tuple(sizes))
+
+    @contextmanager
+    def moved(self, displacement: Float64[Tensor, " parameter"]) -> Iterator[Float64[Tensor, " parameter"]]:
+        """Parameters moved for the time of the block, and put back bit by bit at its end, also after an exception.
+
+        Args:
+            displacement: What is added to the trainable parameters, rounded to their dtype.
+
+        Yields:
+            The displacement that really took place, after rounding, in float64.
+        """
+        self.release()
+        found = [parameter.detach().clone() for parameter in self.parameters.values()]
+        happened = torch.zeros_like(displacement)
+        try:
+            with torch.no_grad():
+                for place, parameter, before in zip(self._slices, self.parameters.values(), found, strict=True):
+                    if parameter.requires_grad:
+                        step = displacement[place].view_as(parameter)
+                        parameter.copy_(before.double() + step)
+                        happened[place] = (parameter.double() - before.double()).reshape(-1)
+            yield happened
+        finally:
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters.values(), found, strict=True):
+                    parameter.copy_(before)
+            self.release()
+
+    def _sized(self) -> Iterator[tuple[Any, int, bool]]:
+        """Batches with their sizes, and whether there is one only."""
+        iterator = iter(self.batches)
+        head = list(itertools.islice(iterator, 2))
+        if not head:
+            raise ValueError("A mean loss needs at least one batch, got none. Check the data set and its subset.")
+        is_only = len(head) == 1
+        for pairs in (head, iterator):
+            for batch, num in pairs:
+                if num < 1:
+                    raise ValueError(f"A batch must hold at least one image, got {num}. Leave empty batches out.")
+                yield batch, num, is_only
+
+    def _graphs(self) -> Iterator[tuple[list[Tensor | None], int]]:
+        """First derivatives that can be differentiated again, batch by batch."""
+        if self._graph is not None:
+            yield self._graph
+            return
+        for batch, num, is_only in self._sized():
+            graph = self._differentiate([self._forward(batch)], None, create_graph=True), num
+            if is_only and self._is_open:
+                self._graph = graph
+            yield graph
+
+    def _forward(self, batch: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self._loss(batch)
+        if loss.numel() != 1 or not bool(torch.isfinite(loss)):
+            got = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else f"{loss.item()}"
+            raise ValueError(
+                f"The loss of a batch must be one finite number, got {got}. Check the loss and the weights."
+            )
+        return loss.reshape(())
+
+    def _second(self, gradients: list[Tensor | None], vectors: Tensor, *, retain_graph: bool) -> Tensor:
+        """Derivatives of ``gradients`` along each of the vectors, for one batch."""
+        total = torch.zeros_like(vectors)
+        pairs = [
+            (gradient, vectors[:, place].to(gradient.dtype).reshape(len(vectors), *gradient.shape))
+            for gradient, place in zip(gradients, self._slices, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not pairs:  # a loss that is linear in all parameters, or has none that can be trained
+            return total
+        outputs = [gradient for gradient, _ in pairs]
+        if len(vectors) == 1:
+            blocks = self._differentiate(outputs, [along[0] for _, along in pairs], retain_graph=retain_graph)
+        else:
+            many = [along for _, along in pairs]
+            blocks = self._differentiate(outputs, many, retain_graph=retain_graph, is_grads_batched=True)
+        for place, block in zip(self._slices, blocks, strict=True):
+            if block is not None:
+                total[:, place] = block.detach().reshape(len(vectors), -1).double()
+        return total
+
+    def _differentiate(self, outputs: list[Tensor], along: list[Tensor] | None, **options: bool) -> list[Tensor | None]:
+        """One entry per parameter: derivative of the outputs, None where it is zero throughout."""
+        trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        if not trainable or not any(output.requires_grad for output in outputs):
+            return [None] * len(self.parameters)
+        try:
+            blocks = iter(torch.autograd.grad(outputs, trainable, along, allow_unused=True, **options))
+        except RuntimeError as error:
+            if any(sign in str(error) for sign in _NOT_TWICE):
+                raise ValueError(
+                    f"The loss must be twice differentiable in plain PyTorch, got: {str(error).splitlines()[0]} "
+                    "Replace the fused or compiled operation (attention, torch.compile) by its plain form."
+                ) from error
+            raise
+        return [next(blocks) if parameter.requires_grad else None for parameter in self.parameters.values()]
+
+
+def dense(
+    operator: HessianOperator, *, chunk: int = CHUNK, max_bytes: int = DENSE_BYTES
+) -> Float64[Tensor, "parameter parameter"]:
+    """Whole Hessian by products with unit vectors; an oracle, and the exact spectrum of small models.
+
+    Args:
+        operator: Whose Hessian.
+        chunk: Vectors per batched product; more is faster and needs more memory.
+        max_bytes: Refuse to allocate more than this.
+
+    Returns:
+        Row i is the product with unit vector i; symmetric up to rounding in the dtype of the model, not symmetrised.
+
+    Raises:
+        ValueError: If the matrix would take more than ``max_bytes``.
+    """
+    size = operator.size
+    if 8 * size**2 > max_bytes:
+        raise ValueError(
+            f"A dense Hessian must fit into {max_bytes / 2**30:.3g} GiB, got {size} parameters that need "
+            f"{8 * size**2 / 2**30:.3g} GiB. At most {int((max_bytes / 8) ** 0.5)} parameters fit: select fewer."
+        )
+    matrix = torch.zeros(size, size, dtype=torch.float64, device=operator.device)
+    with operator:
+        for start in range(0, size, chunk):
+            stop = min(start + chunk, size)
+            units = torch.zeros(stop - start, size, dtype=torch.float64, device=operator.device)
+            units[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            matrix[start:stop] = operator.products(units)
+    return matrix
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever draws random numbers inside the block, the global generators stand afterwards where they stood."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
+        yield
