@@ -95,7 +95,7 @@ def reproduce(
         smoke: One epoch on few images, to see that everything runs; the numbers mean nothing.
     """
     from ssat_probe import analysis as analyses
-    from ssat_probe import report as reports
+    from ssat_probe.report import write_report
 
     chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke)
     cells = analyses.plan(chosen, data_dir, download)
@@ -109,7 +109,7 @@ def reproduce(
             chosen, out, checkpoints or Path("checkpoints") / chosen.name,
             data_dir=data_dir, device=device or None, jobs=jobs, progress=progress,
         )  # fmt: skip
-    page = reports.report(out)
+    page = write_report(out)
     _print_table(comparison)
     _print_table(claims)
     _say(f"Wrote {page}")
@@ -138,9 +138,9 @@ def report(folder: Path) -> None:
     Args:
         folder: Such as figures/mechanisms.
     """
-    from ssat_probe import report as reports
+    from ssat_probe.report import write_report
 
-    _say(f"Wrote {reports.report(folder)}")
+    _say(f"Wrote {write_report(folder)}")
 
 
 @app.command(name="list")
