@@ -1,0 +1,338 @@
+"""The Hessian probe on a small ViT: every number against the dense Hessian, table, summary and figure."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from pyhessian import hessian as pyhessian
+from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.quadrature import Estimate, spectrum_mass
+from ssat_probe.probes import hessian
+
+STEPS = 60
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Subject:
+    """What the probe asks of a subject, on a real model and real images."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    batch_size: int = 37
+    terms: list[str] = field(default_factory=list)
+
+    def batches(self) -> Iterator[Batch]:
+        for pair in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield Batch(*pair)
+
+    def loss(self, batch: Batch, term: str) -> Tensor:
+        self.terms.append(term)
+        return F.cross_entropy(self.model(batch.images), batch.labels)
+
+    def parameters(self, term: str) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    """ViT of 1,600 parameters, trained for a few steps on digits, in float64."""
+    torch.manual_seed(3)
+    digits = load_digits()
+    images = torch.tensor(digits.images[:97] / 8 - 1, dtype=torch.float32)[:, None]
+    labels = torch.tensor(digits.target[:97])
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 10, "depth": 1}
+    model = VisionTransformer(**sizes, num_heads=2, mlp_ratio=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return Subject(model.double().eval(), images.double(), labels)
+
+
+@pytest.fixture(scope="module")
+def exact(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of the dense Hessian."""
+    operator = HessianOperator(
+        subject.parameters(""), lambda b: subject.loss(b, ""), [(b, len(b.images)) for b in subject.batches()]
+    )
+    matrix = dense(operator).numpy()
+    return np.linalg.eigh((matrix + matrix.T) / 2)
+
+
+@pytest.fixture(scope="module")
+def table(subject: Subject) -> pd.DataFrame:
+    return hessian.Probe(steps=STEPS, probes=2).measure(subject)
+
+
+def entry(table: pd.DataFrame, quantity: str, tau: float | None = None) -> pd.Series:
+    rows = table[table["quantity"] == quantity]
+    return (rows if tau is None else rows[rows["tau"] == tau]).iloc[0]
+
+
+def probe_weights(eigenvectors: np.ndarray, seed: int) -> np.ndarray:
+    size = len(eigenvectors)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+    return (eigenvectors.T @ start / np.linalg.norm(start)) ** 2
+
+
+class TestAgainstDenseHessian:
+    def test_every_eigenvalue_is_right_within_its_residual(self, table, exact):
+        eigenvalues, _ = exact
+        assert 1000 < len(eigenvalues) < 3000
+        rows = table[
+            table["quantity"].isin(["lambda_max", "lambda_min", "top_eigenvalue", "bottom_eigenvalue", "node"])
+        ]
+        distances = np.abs(rows["value"].to_numpy()[:, None] - eigenvalues).min(axis=1)
+        assert (distances <= rows["residual"]).all()
+        ends = rows[rows["quantity"] != "node"]
+        inside = (ends["low"].to_numpy()[:, None] <= eigenvalues) & (eigenvalues <= ends["high"].to_numpy()[:, None])
+        assert inside.any(axis=1).all()
+
+    def test_converged_ends_are_the_ends_of_their_rank(self, table, exact):
+        eigenvalues, _ = exact
+        for quantity, ordered in (("top_eigenvalue", eigenvalues[::-1]), ("bottom_eigenvalue", eigenvalues)):
+            rows = table[(table["quantity"] == quantity) & (table["converged"] == 1)]
+            assert len(rows) >= 2
+            assert rows["index"].tolist() == list(range(1, len(rows) + 1))
+            np.testing.assert_allclose(rows["value"], ordered[: len(rows)], rtol=1e-3)
+        assert entry(table, "lambda_max")["value"] == pytest.approx(eigenvalues[-1], rel=1e-9)
+        assert entry(table, "lambda_min")["value"] == pytest.approx(eigenvalues[0], rel=1e-6)
+        assert entry(table, "lambda_ratio")["value"] == pytest.approx(-eigenvalues[0] / eigenvalues[-1], rel=1e-6)
+        assert entry(table, "lambda_max")["converged"] == entry(table, "lambda_min")["converged"] == 1
+
+    def test_every_bracket_contains_the_mass_of_the_probes_and_with_their_error_that_of_the_spectrum(
+        self, table, exact
+    ):
+        eigenvalues, eigenvectors = exact
+        weights = np.mean([probe_weights(eigenvectors, seed) for seed in (0, 1_000_003)], axis=0)
+        largest = eigenvalues[-1]
+        cases = {
+            ("mass_below", 1e-3): eigenvalues < -1e-3 * largest,
+            ("mass_below", 1e-2): eigenvalues < -1e-2 * largest,
+            ("near_zero_mass", 1e-3): np.abs(eigenvalues) <= 1e-3 * largest,
+            ("negative_fraction", 0.0): eigenvalues < 0,
+        }
+        for (quantity, tau), inside in cases.items():
+            found = entry(table, quantity, tau)
+            assert found["low"] <= weights[inside].sum() <= found["high"], quantity
+            bracket = Estimate(found["value"], found["low"], found["high"], found["standard_error"])
+            low, high = spectrum_mass(bracket, len(eigenvalues), 2, level=0.999)
+            assert low <= inside.mean() <= high, quantity
+
+    def test_negative_energy_and_trace_are_right_within_their_errors(self, table, exact):
+        eigenvalues, _ = exact
+        energy, total = entry(table, "negative_energy"), entry(table, "trace")
+        true = -eigenvalues[eigenvalues < 0].sum() / np.abs(eigenvalues).sum()
+        assert energy["low"] - 3 * energy["standard_error"] <= true <= energy["high"] + 3 * energy["standard_error"]
+        assert energy["high"] - energy["low"] < 0.02
+        assert abs(total["value"] - eigenvalues.sum()) < 3 * total["standard_error"]
+
+    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+    def test_pyhessian_finds_the_same_two_largest(self, subject, table):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(0)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                theirs = pyhessian(
+                    subject.model, nn.CrossEntropyLoss(), data=(subject.images, subject.labels), cuda=False
+                )
+            values, _ = theirs.eigenvalues(maxIter=500, tol=1e-7, top_n=2)
+        finally:
+            torch.set_default_dtype(default)
+            subject.model.zero_grad(set_to_none=True)
+        ours = table[table["quantity"] == "top_eigenvalue"]["value"].to_numpy()[:2]
+        np.testing.assert_allclose(values, ours, rtol=1e-3)
+
+    def test_loss_and_gradient_are_those_of_all_images(self, subject, table):
+        loss = F.cross_entropy(subject.model(subject.images), subject.labels)
+        gradients = torch.autograd.grad(loss, list(subject.model.parameters()))
+        assert entry(table, "loss")["value"] == pytest.approx(float(loss.detach()), rel=1e-12)
+        norm = float(torch.cat([gradient.reshape(-1) for gradient in gradients]).norm())
+        assert entry(table, "gradient_norm")["value"] == pytest.approx(norm, rel=1e-12)
+
+
+class TestTable:
+    def test_columns_are_the_declared_ones_and_rows_follow_the_order_of_report(self, table):
+        assert list(table.columns) == [column.name for column in hessian.Probe.columns]
+        order = table["quantity"].drop_duplicates().tolist()
+        wanted = ["lambda_max", "lambda_min", "lambda_ratio", "negative_energy", "mass_below", "near_zero_mass"]
+        assert [name for name in order if name in {*wanted, "negative_fraction"}] == [*wanted, "negative_fraction"]
+        assert entry(table, "num_images")["value"] == 97
+        assert entry(table, "num_products")["value"] >= 2 * STEPS
+        assert (table["quantity"] == "node").sum() == 2 * STEPS
+        checks = table[table["quantity"].str.startswith("check_")]
+        assert checks["quantity"].tolist() == ["check_determinism", "check_symmetry", "check_finite_difference"]
+        assert (checks["value"] <= checks["high"]).all()
+
+    def test_fraction_below_zero_is_refused_as_a_number_when_its_bracket_is_wide(self, table):
+        found = entry(table, "negative_fraction")
+        assert found["high"] - found["low"] > hessian.WIDEST
+        assert np.isnan(found["value"])
+
+    def test_fraction_below_zero_is_given_when_its_bracket_is_narrow(self, subject):
+        class Small(Subject):
+            def parameters(self, term: str) -> dict[str, nn.Parameter]:
+                return {"head.bias": self.model.head.bias}
+
+        small = hessian.Probe().measure(Small(subject.model, subject.images, subject.labels))
+        found = entry(small, "negative_fraction")
+        assert found["value"] == pytest.approx((found["low"] + found["high"]) / 2)
+        assert entry(small, "num_parameters")["value"] == 10
+        assert (small["quantity"] == "node").sum() == 10
+
+    def test_same_table_twice_and_for_any_batch_size(self, subject):
+        probe = hessian.Probe(steps=30)
+        one, two = probe.measure(subject), probe.measure(subject)
+        pd.testing.assert_frame_equal(one, two)
+        for batch_size in (20, 97):
+            other = probe.measure(Subject(subject.model, subject.images, subject.labels, batch_size))
+            rounding = one["quantity"].str.match("check_|noise")
+            pd.testing.assert_frame_equal(one[~rounding], other[~rounding], rtol=1e-6, atol=1e-9)
+
+    def test_model_is_left_as_found(self, subject):
+        before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+        state = torch.get_rng_state()
+        hessian.Probe(steps=5).measure(subject)
+        torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in subject.model.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not subject.model.training
+
+    def test_asked_loss_is_the_one_measured(self, subject):
+        asked = Subject(subject.model, subject.images, subject.labels)
+        hessian.Probe(loss="joint", steps=2).measure(asked)
+        assert set(asked.terms) == {"joint"}
+
+    def test_progress_goes_through_all_probes(self, subject):
+        told = []
+        hessian.Probe(steps=3, probes=2).measure(subject, told.append)
+        assert told == [1, 2, 3, 4, 5, 6]
+
+    def test_float32_model_gives_the_same_ends(self, subject, table):
+        single = Subject(subject.model.float(), subject.images.float(), subject.labels)
+        try:
+            found = hessian.Probe(steps=STEPS).measure(single)
+        finally:
+            subject.model.double()
+        for quantity in ("lambda_max", "lambda_min"):
+            wanted = entry(table, quantity)["value"]
+            assert entry(found, quantity)["value"] == pytest.approx(wanted, rel=1e-4)
+        assert entry(found, "noise_floor")["value"] < 1e-4 * entry(found, "lambda_max")["value"]
+
+
+class TestRefusals:
+    def test_unknown_loss(self, subject):
+        with pytest.raises(ValueError, match=r"No 'cross_entropi' in losses: .* Did you mean 'cross_entropy'\?"):
+            hessian.Probe(loss="cross_entropi").measure(subject)
+
+    @pytest.mark.parametrize(("option", "value"), [("steps", 1), ("probes", 0)])
+    def test_options_out_of_range(self, subject, option, value):
+        with pytest.raises(ValueError, match=f"{option} must be at least {value + 1}, got {value}"):
+            hessian.Probe(**{option: value}).measure(subject)
+
+    def test_failed_certificate_comes_before_any_number(self, subject):
+        class Noisy(Subject):
+            def loss(self, batch: Batch, term: str) -> Tensor:
+                return super().loss(batch, term) * (1 + 1e-3 * torch.rand(()))
+
+        told = []
+        with pytest.raises(ValueError, match="must pass the check of determinism, got"):
+            hessian.Probe(steps=3).measure(Noisy(subject.model, subject.images, subject.labels), told.append)
+        assert told == []
+
+
+def compared(table: pd.DataFrame, num_seeds: int, methods: tuple[str, ...]) -> pd.DataFrame:
+    """The table as if of several checkpoints, eigenvalues scaled by different factors, through csv and back."""
+    pieces = []
+    for place, method in enumerate(methods):
+        for seed in range(num_seeds):
+            piece = table[table["probe"] <= 0].copy()
+            is_scaled = piece["unit"] == "loss"
+            piece.loc[is_scaled, ["value", "low", "high", "residual"]] *= 1 + 0.3 * place + 0.1 * seed
+            identity = {
+                "checkpoint": f"{method or 'foreign'}-{seed}",
+                "model": "vit",
+                "method": method,
+                "data": "digits",
+            }
+            for index, (name, value) in enumerate((identity | {"seed": seed, "epoch": 7}).items()):
+                piece.insert(index, name, value)
+            pieces.append(piece)
+    return pd.read_csv(io.StringIO(pd.concat(pieces).to_csv(index=False)))
+
+
+class TestFigure:
+    @pytest.mark.parametrize(
+        ("num_seeds", "methods"), [(1, ("",)), (1, ("ssat", "ssl_ft", "scratch")), (4, ("scratch", "ssl_ft", "ssat"))]
+    )
+    def test_draws_from_a_saved_table(self, table, num_seeds, methods):
+        figure = hessian.Probe().draw(compared(table, num_seeds, methods))
+        assert len(figure.axes) == 6
+        assert figure.axes[0].get_title(loc="left") == "Spectrum"
+        assert figure.axes[1].get_title(loc="left") == "Negative part alone"
+        assert figure.axes[1].get_xlim()[1] == 0
+        for ax in figure.axes[:3]:
+            assert ax.get_xlabel()
+        assert all(ax.get_ylabel() for ax in figure.axes)
+        labels = {text.get_text() for text in figure.legends[0].get_texts()}
+        assert labels == ({"scratch", "SSL+FT", "SSAT"} if any(methods) else {"foreign-0"})
+        figure.canvas.draw()
+
+    def test_points_are_the_values_and_bars_their_mean(self, table):
+        many = compared(table, 4, ("scratch", "ssl_ft", "ssat"))
+        ax = hessian.Probe().draw(many).axes[3]
+        rows = many[(many["quantity"] == "lambda_max") & (many["method"] == "ssat")]
+        drawn = [line for line in ax.get_lines() if line.get_label() == "SSAT"]
+        np.testing.assert_allclose(drawn[0].get_ydata(), rows["value"])
+        means = [float(line.get_ydata()[0]) for line in ax.get_lines() if len(line.get_ydata()) == 1]
+        assert any(np.isclose(mean, rows["value"].mean()) for mean in means)
+
+    def test_runs_come_back_from_the_saved_table(self, subject):
+        table = hessian.Probe(steps=7).measure(subject).assign(checkpoint="a")
+        (back,) = hessian._krylovs(pd.read_csv(io.StringIO(table.to_csv(index=False))))
+        np.testing.assert_allclose(back.alphas, table[table["quantity"] == "alpha"]["value"], rtol=1e-14)
+        np.testing.assert_allclose(back.betas, table[table["quantity"] == "beta"]["value"], rtol=1e-14)
+        assert back.breaks == ()
+
+
+class TestSummary:
+    def test_one_row_per_checkpoint_in_the_order_of_report(self, table):
+        summary = hessian.Probe().summary(compared(table, 2, ("scratch", "ssat")))
+        assert list(summary.columns) == [
+            "checkpoint",
+            "lambda_max",
+            "lambda_min",
+            "lambda_ratio",
+            "negative_energy",
+            "below -0.001 λmax",
+            "below -0.01 λmax",
+            "near_zero_mass",
+            "negative_fraction",
+            "trace",
+        ]
+        assert summary["checkpoint"].tolist() == ["scratch-0", "scratch-1", "ssat-0", "ssat-1"]
+        assert summary["negative_fraction"].str.match(r"\[0\.\d+, 0\.\d+\]").all()
+
+    def test_star_marks_an_end_that_has_not_converged(self, subject):
+        few = hessian.Probe(steps=3).measure(subject).assign(checkpoint="a")
+        assert hessian.Probe().summary(few)["lambda_min"].iloc[0].endswith("*")
