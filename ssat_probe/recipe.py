@@ -120,7 +120,8 @@ class Recipe:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.subset, float) and self.subset >= 1 and self.subset.is_integer():
             object.__setattr__(self, "subset", int(self.subset))  # the command line gives 500.0 for 500
         for field in dataclasses.fields(self):
@@ -175,7 +176,7 @@ _HINTS = typing.get_type_hints(Recipe)
 
 def _pair(name: str, value: Any) -> tuple[int, ...]:
     """One number or two as a pair; empty stays empty."""
-    values = (value,) if isinstance(value, int) else tuple(value or ())
+    values = tuple(value or ()) if isinstance(value, list | tuple | None) else (value,)
     pair = values * 2 if len(values) == 1 else values
     if len(pair) not in (0, 2) or any(not isinstance(v, int) or v < 1 for v in pair):
         raise ValueError(f"{name} must be one or two positive whole numbers (height width), got {value!r}.")
@@ -192,7 +193,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if typing.get_origin(hint) is tuple:
         return
     allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed:
+    if float in allowed and int not in allowed:
         allowed = (*allowed, int)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         kinds = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
@@ -212,7 +213,9 @@ def _check_ranges(recipe: Recipe) -> None:
     if recipe.subset is not None:
         must = "a share between 0 and 1, or a count of at least 1"
         check("subset", recipe.subset >= 1 if isinstance(recipe.subset, int) else 0 < recipe.subset < 1, must)
-    check("betas", len(recipe.betas) == 2 and all(0 <= beta < 1 for beta in recipe.betas), "two numbers in [0, 1)")
+    pair = recipe.betas if isinstance(recipe.betas, tuple) else ()
+    valid = [isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair]
+    check("betas", valid == [True, True], "two numbers in [0, 1)")
     for name in ("epochs", "batch_size", "accumulate"):
         check(name, getattr(recipe, name) >= 1, "at least 1")
     for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
