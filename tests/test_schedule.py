@@ -1,0 +1,54 @@
+import math
+
+import pytest
+
+from ssat_probe.recipe import Recipe
+from ssat_probe.schedule import learning_rate
+
+PEAK, END, EPOCHS, PER_EPOCH = 2e-3, 1e-6, 100, 97
+OFFICIAL = Recipe(base_lr=1e-3, batch_size=512, epochs=EPOCHS, warmup_epochs=5, min_lr=END)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 0.0),
+        (1, PEAK / (5 * PER_EPOCH)),
+        (2.5 * PER_EPOCH, PEAK / 2),
+        (5 * PER_EPOCH - 1, PEAK * (1 - 1 / (5 * PER_EPOCH))),
+        (5 * PER_EPOCH, PEAK),
+        (52.5 * PER_EPOCH, (PEAK + END) / 2),
+        ((5 + 95 / 3) * PER_EPOCH, END + (PEAK - END) * 0.75),  # cos(π/3) = 1/2
+        ((5 + 95 * 2 / 3) * PER_EPOCH, END + (PEAK - END) * 0.25),
+        (EPOCHS * PER_EPOCH - 1, END + (PEAK - END) * math.sin(math.pi / 2 / 95 / PER_EPOCH) ** 2),
+        (EPOCHS * PER_EPOCH, END),
+    ],
+)
+def test_rates_of_the_official_recipe_at_each_step(step: float, rate: float) -> None:
+    assert learning_rate(OFFICIAL, step / PER_EPOCH, EPOCHS) == pytest.approx(rate, rel=1e-9, abs=1e-18)
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert learning_rate(Recipe(base_lr=1e-3, batch_size=512, warmup_epochs=0), 0, EPOCHS) == pytest.approx(PEAK)
+
+
+def test_a_constant_schedule_stays_at_the_peak() -> None:
+    recipe = Recipe(base_lr=1e-3, batch_size=512, warmup_epochs=5, schedule="constant")
+    assert learning_rate(recipe, 2.5, EPOCHS) == pytest.approx(PEAK / 2)
+    assert [learning_rate(recipe, epoch, EPOCHS) for epoch in (5, 50, 99.9)] == pytest.approx([PEAK] * 3)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 4, 10])
+def test_a_warm_up_longer_than_half_of_the_stage_ends_there(num_epochs: int) -> None:
+    recipe = Recipe(base_lr=1e-3, batch_size=512, warmup_epochs=7)
+    assert learning_rate(recipe, num_epochs / 4, num_epochs) == pytest.approx(PEAK / 2)
+    assert learning_rate(recipe, num_epochs / 2, num_epochs) == pytest.approx(PEAK)
+    assert learning_rate(recipe, num_epochs, num_epochs) == pytest.approx(recipe.min_lr)
+
+
+def test_the_rate_rises_to_the_peak_and_falls_from_it() -> None:
+    rates = [learning_rate(OFFICIAL, step / PER_EPOCH, EPOCHS) for step in range(EPOCHS * PER_EPOCH + 1)]
+    top = rates.index(max(rates))
+    assert top == 5 * PER_EPOCH
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
