@@ -48,7 +48,7 @@ class Model(nn.Module):
         dim: int,
         depth: int,
         heads: int,
-        mlp_ratio: float = 4,
+        mlp_ratio: int | float = 4,
     ) -> None:
         """Make the model with fresh weights, from torch's global generator.
 
