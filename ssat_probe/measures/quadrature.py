@@ -227,7 +227,7 @@ def negative_energy(krylovs: Sequence[Krylov]) -> Estimate:
 
 
 def counts(
-    krylovs: Sequence[Krylov], grid: Float64[np.ndarray, " point"], bulk: float, narrowest: float = 0.15
+    krylovs: Sequence[Krylov], grid: Float64[np.ndarray, " point"], bulk: float, narrowest: float = 0.1
 ) -> Float64[np.ndarray, " point"]:
     """Smoothed number of eigenvalues per unit of eigenvalue; atoms count one each.
 

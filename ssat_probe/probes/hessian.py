@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOSSES = ("cross_entropy", "reconstruction", "joint")
 TAUS = (1e-3, 1e-2)  # thresholds as shares of the largest eigenvalue; CURVATURE notes 8.3 (c)
 NUM_ENDS = 10  # eigenvalues listed at either end
-GUARD = 10  # distance kept from thresholds, in noise floors of the products; ours, no source
+GUARD = 100, 3  # distance kept from thresholds, in roundings of the largest eigenvalue and in noise floors; no source
 WIDEST = 0.1  # a share of eigenvalues that is known no better than this is not given as a number; ours, no source
 
 
@@ -172,7 +172,7 @@ def _table(
     defaults = {"probe": -1, "index": 0, "unit": ""}
     rows = [
         *_ends(krylovs),
-        *_negative_part(krylovs, GUARD * certificate.noise),
+        *_negative_part(krylovs, _guard(krylovs, certificate.noise)),
         *_others(krylovs, certificate, evaluation, operator),
         *_coefficients(krylovs),
     ]
@@ -223,6 +223,11 @@ def _negative_part(krylovs: "Sequence[Krylov]", guard: float) -> list[dict[str, 
     refused = {"value": float("nan")} if below.width > WIDEST else {}
     rows.append({"quantity": "negative_fraction", "tau": 0.0} | asdict(below) | refused)
     return rows
+
+
+def _guard(krylovs: "Sequence[Krylov]", noise: float) -> float:
+    """Eigenvalues nearer to a threshold than this may lie on either side of it."""
+    return max(GUARD[0] * max(krylov.precision * krylov.scale for krylov in krylovs), GUARD[1] * noise)
 
 
 def _others(
@@ -343,7 +348,9 @@ def _draw_shares(ax: "Axes", table: "DataFrame") -> None:
         bounds = []
         for _, rows in one.table.groupby("checkpoint", sort=False):
             largest, noise = (float(_entry(rows, name)["value"]) for name in ("lambda_max", "noise_floor"))
-            shares = (mass(_krylovs(rows), None, -tau * largest, GUARD * noise) for tau in taus)
+            krylovs = _krylovs(rows)
+            guard = _guard(krylovs, noise)
+            shares = (mass(krylovs, None, -tau * largest, guard) for tau in taus)
             bounds.append([(share.low, share.high) for share in shares])
         low, high = np.maximum(np.mean(bounds, axis=0).T, 1e-12)
         ax.fill_between(taus, low, high, color=one.look.colour, alpha=0.25, linewidth=0)
@@ -363,13 +370,14 @@ def _draw_points(ax: "Axes", table: "DataFrame", quantity: str, label: str) -> N
     for place, one in enumerate(drawn):
         values = one.table["value"].astype(float).tolist()
         look: Any = {"color": one.look.colour, "marker": one.look.marker}
-        ax.plot([place] * len(values), values, linestyle="", alpha=0.5, label=one.label, **look)
+        ax.plot(
+            [place] * len(values), values, linestyle="", alpha=0.5 if len(values) > 1 else 1, label=one.label, **look
+        )
         if len(values) > 1:
             mean, low, high = t_interval(values)
             ax.errorbar(place + 0.25, mean, [[mean - low], [high - mean]], capsize=2, linestyle="", **look)
     is_short = all(len(one.label) <= 10 for one in drawn)
     ax.set_xticks(range(len(drawn)), [one.label if is_short else "" for one in drawn])
     ax.set_xlim(-0.5, len(drawn) - 0.25)
-    if quantity == "lambda_min":
-        ax.axhline(0, color="black", linewidth=0.5, zorder=0)
+    ax.axhline(0, color="black", linewidth=0.5, zorder=0)
     drawing.label_axes(ax, "", label)

@@ -228,15 +228,19 @@ class TestTable:
         hessian.Probe(steps=3, probes=2).measure(subject, told.append)
         assert told == [1, 2, 3, 4, 5, 6]
 
-    def test_float32_model_gives_the_same_ends(self, subject, table):
+    def test_float32_model_gives_the_same_ends_and_the_same_table_for_any_batch_size(self, subject, table):
         single = Subject(subject.model.float(), subject.images.float(), subject.labels)
+        parts = Subject(single.model, single.images, single.labels, batch_size=20)
         try:
-            found = hessian.Probe(steps=STEPS).measure(single)
+            found, other = (hessian.Probe(steps=STEPS).measure(one) for one in (single, parts))
         finally:
             subject.model.double()
         for quantity in ("lambda_max", "lambda_min"):
             wanted = entry(table, quantity)["value"]
             assert entry(found, quantity)["value"] == pytest.approx(wanted, rel=1e-4)
+        for name, tau in (("negative_energy", None), ("mass_below", 1e-3), ("near_zero_mass", None), ("trace", None)):
+            pair = [entry(one, name, tau)[["value", "low", "high"]].astype(float) for one in (found, other)]
+            pd.testing.assert_series_equal(*pair, rtol=1e-3, check_names=False, check_index=False)
         assert entry(found, "noise_floor")["value"] < 1e-4 * entry(found, "lambda_max")["value"]
 
 
