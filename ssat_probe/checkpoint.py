@@ -164,10 +164,14 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
             f"{path} must be a checkpoint written by ssat-probe (format {FORMAT}), got a file with: "
             f"{found or 'nothing'}; give one that ssat-probe train wrote."
         )
-    recipe = Recipe.from_dict(content["recipe"], source=str(path))
-    facts = Facts(**content["facts"])
-    checkpoint = Checkpoint(path, recipe, facts, content["stage"], content["epoch"], content["model"])
-    if checkpoint.hash != content["hash"]:
+    try:
+        recipe = Recipe.from_dict(content["recipe"], source=str(path))
+        facts = Facts(**content["facts"])
+        checkpoint = Checkpoint(path, recipe, facts, content["stage"], content["epoch"], content["model"])
+        is_whole = checkpoint.hash == content["hash"]
+    except (TypeError, AttributeError) as error:  # a part is not of its type
+        raise ValueError(_damaged(path, "a checkpoint")) from error
+    if not is_whole:
         raise ValueError(_damaged(path, "a checkpoint"))
     return checkpoint
 
@@ -232,14 +236,15 @@ def _code_in(path: Path, error: Exception) -> str:
     if named:
         return (named[1] or named[2]).rstrip(".")
     content = path.read_bytes()
-    if not content.startswith(b"\x80"):
+    if content.startswith(b"PK"):
         return ""
     words: list[str] = []
     try:
         for opcode, argument, _ in pickletools.genops(content):
-            words += [str(argument)] if "UNICODE" in opcode.name or opcode.name == "GLOBAL" else []
+            words += [str(argument)] if "UNICODE" in opcode.name else []
+            words += str(argument).split() if opcode.name == "GLOBAL" else []
             if opcode.name in ("REDUCE", "NEWOBJ", "INST", "OBJ"):
-                return ".".join(words[-2:]) if words else "unnamed"
+                return ".".join(words[-2:])
             if opcode.name == "STACK_GLOBAL":
                 return ".".join(words[-2:])
     except ValueError:
