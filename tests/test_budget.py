@@ -1,0 +1,121 @@
+"""Costs against closed forms and the paper's numbers."""
+
+from collections.abc import Callable
+
+import pytest
+
+from ssat_probe.budget import budget_of, steps_per_epoch
+
+Make = Callable[..., tuple]
+
+
+def full_pass(tokens: int, values: int, dim: int, depth: int, mlp_ratio: int, classes: int) -> int:
+    """Multiply-adds by hand: patches, then per block qkv, scores, values, projection, MLP; then the head."""
+    return tokens * values * dim + blocks(1 + tokens, dim, depth, mlp_ratio) + dim * classes
+
+
+def blocks(tokens: int, dim: int, depth: int, mlp_ratio: int) -> int:
+    return depth * (tokens * dim * dim * (3 + 1 + 2 * mlp_ratio) + 2 * tokens * tokens * dim)
+
+
+def masked_pass(tokens: int, visible: int, values: int, dim: int, depth: int, mlp_ratio: int) -> int:
+    """Every patch is embedded; only the visible ones and the class token pass the blocks."""
+    return tokens * values * dim + blocks(1 + visible, dim, depth, mlp_ratio)
+
+
+def decoding(tokens: int, visible: int, values: int, dim: int, width: int, depth: int) -> int:
+    """The visible tokens and the class token are embedded, every token passes the blocks and is predicted."""
+    return (1 + visible) * dim * width + blocks(1 + tokens, width, depth, 4) + (1 + tokens) * width * values
+
+
+def test_multiply_adds_of_vit_tiny_at_224_are_the_closed_form_and_the_papers(make_recipe: Make) -> None:
+    full = full_pass(196, 768, 192, 12, 4, 10)
+    masked, decoder = masked_pass(196, 49, 768, 192, 12, 4), decoding(196, 49, 768, 192, 128, 2)
+    assert [round(count / 1e9, 3) for count in (full, masked, decoder)] == [1.253, 0.306, 0.118]
+    costs = {}
+    for method in ("scratch", "ssl_ft", "ssat"):
+        recipe, facts = make_recipe((224, 224), 3, 10, model="vit_tiny", method=method)
+        costs[method] = [stage.multiply_adds_per_image for stage in budget_of(recipe, facts, 1000).stages]
+    assert costs == {"scratch": [full], "ssl_ft": [masked + decoder, full], "ssat": [full + masked + decoder]}
+    assert costs["ssat"][0] / full == pytest.approx(1.34, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "patch_size", "channels", "tokens", "values", "visible"),
+    [((8, 8), (2, 2), 1, 16, 4, 4), ((12, 20), (3, 5), 3, 16, 45, 4), ((28, 28), (4, 4), 1, 49, 16, 12)],
+)
+def test_multiply_adds_at_any_size(
+    make_recipe: Make,
+    img_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    channels: int,
+    tokens: int,
+    values: int,
+    visible: int,
+) -> None:
+    recipe, facts = make_recipe(img_size, channels, 7, method="ssl_ft", patch_size=patch_size)
+    pretrain, finetune = budget_of(recipe, facts, 100).stages
+    expected = masked_pass(tokens, visible, values, 32, 6, 2) + decoding(tokens, visible, values, 32, 16, 2)
+    assert pretrain.multiply_adds_per_image == expected
+    assert finetune.multiply_adds_per_image == full_pass(tokens, values, 32, 6, 2, 7)
+
+
+@pytest.mark.parametrize("model", ["vit_nano", "vit_tiny"])
+def test_under_the_matched_budget_ssl_ft_costs_exactly_what_ssat_costs(make_recipe: Make, model: str) -> None:
+    ssat, ssl_ft, scratch = (
+        budget_of(*make_recipe((32, 32), 3, method=method, model=model, epochs=13), 1009)
+        for method in ("ssat", "ssl_ft", "scratch")
+    )
+    assert ssl_ft.multiply_adds == ssat.multiply_adds > scratch.multiply_adds
+    assert ssl_ft.images == 2 * ssat.images == 2 * scratch.images
+    assert ssl_ft.steps == 2 * ssat.steps
+
+
+def test_equal_epochs_cost_less(make_recipe: Make) -> None:
+    budget = budget_of(*make_recipe(method="ssl_ft", epochs=13, budget="equal_epochs"), 1009)
+    assert [stage.epochs for stage in budget.stages] == [6, 7]
+    assert budget.images == budget_of(*make_recipe(method="scratch", epochs=13), 1009).images
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_decoder"),
+    [
+        ({"method": "scratch"}, False),
+        ({"method": "ssat", "lambda_weight": 1.0}, False),
+        ({"method": "ssat", "lambda_weight": 0.0}, True),
+        ({"method": "ssat"}, True),
+        ({"method": "ssl_ft"}, True),
+    ],
+)
+def test_a_decoder_is_counted_where_there_is_one(make_recipe: Make, fields: dict, *, has_decoder: bool) -> None:
+    recipe, facts = make_recipe((224, 224), 3, 10, model="vit_tiny", **fields)
+    budget = budget_of(recipe, facts, 100)
+    assert budget.encoder_parameters == 5_488_522
+    assert budget.decoder_parameters == (520_704 if has_decoder else 0)
+
+
+def test_a_term_of_weight_zero_costs_nothing(make_recipe: Make) -> None:
+    def cost(**fields: object) -> list[int]:
+        return [stage.multiply_adds_per_image for stage in budget_of(*make_recipe(**fields), 100).stages]
+
+    pretrain, finetune = cost(method="ssl_ft")
+    assert cost(method="ssat", lambda_weight=0.0) == [pretrain]
+    assert cost(method="ssat", lambda_weight=1.0) == [finetune] == cost(method="scratch")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "steps"), [(128, 64, 2), (127, 64, 1), (63, 64, 1), (1, 64, 1), (1009, 7, 144)]
+)
+def test_whole_batches_make_an_epoch_and_a_small_set_makes_one(num_images: int, batch_size: int, steps: int) -> None:
+    assert steps_per_epoch(num_images, batch_size) == steps
+
+
+def test_images_and_steps_over_the_stages(make_recipe: Make) -> None:
+    budget = budget_of(*make_recipe(method="ssl_ft", epochs=3, pretrain_epochs=5, batch_size=64), 150)
+    assert [(stage.name, stage.steps, stage.images) for stage in budget.stages] == [
+        ("pretrain", 10, 640),
+        ("finetune", 6, 384),
+    ]
+    assert (budget.steps, budget.images) == (16, 1024)
+    small = budget_of(*make_recipe(method="scratch", epochs=3, batch_size=64), 37)
+    assert (small.steps, small.images) == (3, 111)
