@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class HessianOperator:
         """Machine epsilon of the products: that of the coarsest dtype among the parameters."""
         return max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "HessianOperator":
         """Keep the graph of a single batch between products from here on."""
         self._is_open = True
         return self

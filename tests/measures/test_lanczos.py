@@ -42,7 +42,7 @@ class TestCoefficients:
         assert not np.allclose(one.alphas, three.alphas)
 
     def test_start_vector_is_taken_at_any_length(self):
-        matrix, start = symmetric(network_like()), torch.ones(499)
+        matrix, start = symmetric(network_like()), torch.ones(499).double()
         np.testing.assert_allclose(run(matrix, 7, start=start).alphas, run(matrix, 7, start=3e5 * start).alphas)
 
     def test_global_random_state_is_left_alone(self):
@@ -165,7 +165,7 @@ class TestRefusals:
 
     def test_start_vector_of_zeros(self):
         with pytest.raises(ValueError, match=r"must have a length, got 0\.0"):
-            run(torch.eye(3).double(), 2, start=torch.zeros(3))
+            run(torch.eye(3).double(), 2, start=torch.zeros(3).double())
 
     def test_product_that_is_not_finite(self):
         with pytest.raises(ValueError, match="must be finite, got nan at step 0"):
