@@ -138,8 +138,8 @@ class TestMass:
         assert 0.92 * 300 <= covered <= 0.985 * 300
 
     def test_interval_at_the_ends(self):
-        assert spectrum_mass(Estimate(0, 0, 0, 0), 100, 1) == (0, 0)
-        assert spectrum_mass(Estimate(1, 1, 1, 0), 100, 1) == (1, 1)
+        assert spectrum_mass(Estimate(0.0, 0.0, 0.0, 0.0), 100, 1) == (0, 0)
+        assert spectrum_mass(Estimate(1.0, 1.0, 1.0, 0.0), 100, 1) == (1, 1)
 
 
 class TestEnergyAndTrace:
