@@ -1,0 +1,470 @@
+"""The loop: resuming bit by bit, refusing, stopping, counting; on digits, in seconds."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ssat_probe import training
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_tensors
+from ssat_probe.data import open_dataset
+from ssat_probe.images import normalise, split
+from ssat_probe.loading import epoch_order
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import evaluate, plan, train
+
+METHODS = ("scratch", "ssl_ft", "ssat")
+TIMINGS = ["seconds", "images_per_s", "data_wait_s"]
+
+
+class Stop(Exception):  # noqa: N818
+    """Somebody pulled the plug."""
+
+
+def tiny(method: str = "ssat", **fields: Any) -> Recipe:
+    options = {"subset": 23, "batch_size": 7, "epochs": 2, "warmup_epochs": 0.5, "base_lr": 1e-2} | fields
+    return Recipe(method=method, **options)  # type: ignore[arg-type]
+
+
+def stop_after(steps: int) -> Callable[[int, int, str], None]:
+    """Progress that raises when it is told of one step more."""
+    seen = []
+
+    def progress(done: int, total: int, text: str) -> None:
+        seen.append(done)
+        if len(seen) > steps:
+            raise Stop(text)
+
+    return progress
+
+
+def log_of(checkpoint: Checkpoint) -> pd.DataFrame:
+    return pd.read_csv(checkpoint.path.parent / "log.csv")
+
+
+def assert_same_run(one: Checkpoint, other: Checkpoint) -> None:
+    """The same weights to the last bit, and the same log but for timings."""
+    assert one.hash == load_checkpoint(one.path).hash
+    assert load_checkpoint(one.path).hash == load_checkpoint(other.path).hash
+    pd.testing.assert_frame_equal(
+        log_of(one).drop(columns=TIMINGS), log_of(other).drop(columns=TIMINGS), check_exact=True
+    )
+    costs = [json.loads((run.path.parent / "cost.json").read_text()) for run in (one, other)]
+    assert [{stage: cost["images"] for stage, cost in run.items()} for run in costs][::-1] == [
+        {stage: cost["images"] for stage, cost in run.items()} for run in costs
+    ]
+    if one.recipe.method == "ssl_ft":
+        first, second = (load_checkpoint(run.path.parent / "pretrain.pt") for run in (one, other))
+        assert first.hash == second.hash
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_dies_in_every_step_ends_as_one_that_never_did(tmp_path: Path, method: str) -> None:
+    recipe = tiny(method, augmentation="strong", clip_grad=1.0)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    folder, deaths = tmp_path / "dying", 0
+    for _ in range(30):
+        try:
+            died = train(recipe, folder, device="cpu", save_every_s=-1, progress=stop_after(1))
+            break
+        except Stop:
+            deaths += 1
+    # Each attempt keeps one step, and the step before each end of an epoch is kept before the epoch is closed.
+    assert deaths == 3 * 2 * (2 if method == "ssl_ft" else 1) - 1
+    assert_same_run(died, whole)
+    assert not (folder / recipe.name / "training_state.pt").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
+def test_a_run_that_lost_steps_since_its_last_save_repeats_them(tmp_path: Path, steps: int) -> None:
+    recipe = tiny("ssl_ft", accumulate=7)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "dying", device="cpu", save_every_s=-1, progress=stop_after(2))
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "dying", device="cpu", save_every_s=1e9, progress=stop_after(steps))
+    assert_same_run(train(recipe, tmp_path / "dying", device="cpu"), whole)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
+folder = Path(sys.argv[1])
+for method in ("scratch", "ssl_ft", "ssat"):
+    if not (pid := os.fork()):
+        train(Recipe(method=method, subset=23, batch_size=7, epochs=12, base_lr=1e-2), folder, device="cpu",
+              save_every_s=0)
+        os._exit(0)
+    print(method, pid, flush=True)
+for _ in range(3):
+    os.wait()
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    delays = {method: random.random() for method in METHODS}  # new moments each time
+    (tmp_path / "delays.json").write_text(json.dumps(delays))  # kept if the test fails
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed")],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    pids = dict(process.stdout.readline().split() for _ in METHODS)
+    recipes = {method: tiny(method, epochs=12, warmup_epochs=5.0) for method in METHODS}
+    for method in sorted(METHODS, key=delays.__getitem__):
+        state = tmp_path / "killed" / recipes[method].name / "training_state.pt"
+        final = state.with_name(f"{method}.pt")
+        while not state.exists() and not final.exists():
+            time.sleep(0.01)
+        time.sleep(delays[method] * 0.5)
+        os.kill(int(pids[method]), signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()
+    for recipe in recipes.values():
+        whole = train(recipe, tmp_path / "whole", device="cpu")
+        assert_same_run(train(recipe, tmp_path / "killed", device="cpu"), whole)
+
+
+def test_a_finished_run_is_reused(tmp_path: Path) -> None:
+    recipe = tiny()
+    first = train(recipe, tmp_path, device="cpu")
+    files = {path: path.stat().st_mtime_ns for path in first.path.parent.iterdir()}
+    again = train(recipe, tmp_path, device="cpu", progress=stop_after(0))
+    assert again.hash == first.hash
+    assert {path: path.stat().st_mtime_ns for path in first.path.parent.iterdir()} == files
+    assert {path.name for path in files} == {"ssat.pt", "log.csv", "cost.json", "recipe.json"}
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_another_recipe_in_the_same_folder_is_refused_and_nothing_is_touched(
+    tmp_path: Path, *, is_finished: bool
+) -> None:
+    recipe = tiny()
+    if is_finished:
+        train(recipe, tmp_path, device="cpu")
+    else:
+        with pytest.raises(Stop):
+            train(recipe, tmp_path, device="cpu", save_every_s=-1, progress=stop_after(2))
+    folder = tmp_path / recipe.name
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    sentence = "must be of the recipe that is asked for, got one with mask_ratio 0.75 instead of 0.5; choose another"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(tiny(mask_ratio=0.5), tmp_path, device="cpu")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert json.loads((folder / "recipe.json").read_text())["mask_ratio"] == 0.75
+
+
+def test_an_interrupted_run_can_be_started_again(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(tiny(mask_ratio=0.5), tmp_path / "a", device="cpu", save_every_s=-1, progress=stop_after(4))
+    again = train(tiny(), tmp_path / "a", device="cpu", resume=False)
+    assert_same_run(again, train(tiny(), tmp_path / "b", device="cpu"))
+
+
+def test_a_state_made_from_other_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(tiny(), tmp_path, device="cpu", save_every_s=-1, progress=stop_after(2))
+    path = tmp_path / tiny().name / "training_state.pt"
+    save_tensors(load_tensors(path, "a state") | {"images": "0" * 64}, path)
+    with pytest.raises(ValueError, match=r"training_state\.pt must have been made from the images of data 'digits'"):
+        train(tiny(), tmp_path, device="cpu")
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    path = tmp_path / tiny().name / "training_state.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(
+        ValueError, match=r"training_state\.pt must be the state of an interrupted training, got 16 bytes"
+    ):
+        train(tiny(), tmp_path, device="cpu")
+
+
+# Stopping
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images_and_the_state_intact(tmp_path: Path) -> None:
+    recipe = tiny("scratch", base_lr=1e30, lr_rule="none", warmup_epochs=0, schedule="constant", epochs=5)
+    states = []
+    path = tmp_path / recipe.name / "training_state.pt"
+
+    def progress(done: int, total: int, text: str) -> None:
+        if path.exists():
+            states.append(path.read_bytes())
+
+    with pytest.raises(FloatingPointError, match=r"^The loss must be finite, got (nan|inf) in stage train") as caught:
+        train(recipe, tmp_path, device="cpu", save_every_s=-1, progress=progress)
+    found = re.search(r"epoch (\d+), step (\d+) \(training images ([\d, ]+)\)", str(caught.value))
+    assert found is not None
+    epoch, step = int(found[1]) - 1, int(found[2]) - 1
+    assert [int(i) for i in found[3].split(",")] == epoch_order(23, 0, epoch)[step * 7 : step * 7 + 7].tolist()
+    assert f"the last saved state in {path.parent} is intact: lower base_lr" in str(caught.value)
+    state = load_tensors(path, "a state")["state"]
+    assert (state["epoch"], state["step"]) in {(epoch, step), (epoch - 1, 3)}
+    assert not (path.parent / "scratch.pt").exists()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_batch_is_named_by_its_first_images(tmp_path: Path) -> None:
+    recipe = tiny(
+        "scratch", base_lr=1e30, lr_rule="none", warmup_epochs=0, schedule="constant", batch_size=23, epochs=9
+    )
+    with pytest.raises(FloatingPointError, match=r"\(training images (\d+, ){8}\.\.\.\)"):
+        train(recipe, tmp_path, device="cpu")
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be one that is here, got 'abacus'; use cpu, or leave it out"):
+        train(tiny(), tmp_path, device="abacus")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a folder that can be written, got 'Not a directory'"):
+        train(tiny(), tmp_path / "file" / "sub", device="cpu", progress=stop_after(0))
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_step_starts_from_the_same_weights_whatever_the_method(tmp_path: Path, method: str) -> None:
+    # A learning rate of next to nothing and no weight decay leave the weights where they began.
+    recipe = tiny(method, epochs=1, base_lr=1e-30, min_lr=0.0, weight_decay=0.0)
+    got = train(recipe, tmp_path, device="cpu").state
+    fresh = training.build_encoder(*_resolved(tiny("scratch"))).state_dict()
+    assert all(torch.allclose(got[name], fresh[name], rtol=0, atol=1e-20) for name in fresh)
+
+
+def _resolved(recipe: Recipe) -> tuple:
+    facts = open_dataset("digits").facts
+    return training.resolve(recipe, facts), facts
+
+
+def test_which_stages_hold_a_decoder(checkpoints: dict[str, Path]) -> None:
+    held = {method: load_checkpoint(path).has_decoder for method, path in checkpoints.items()}
+    assert held == {"scratch": False, "ssl_ft": True, "ssat": True}
+    pretrain = load_checkpoint(checkpoints["ssl_ft"].with_name("pretrain.pt"))
+    assert (pretrain.stage, pretrain.epoch, pretrain.has_decoder) == ("pretrain", 1, True)
+    assert pretrain.label == "vit_nano-digits-ssl_ft-seed0-pretrain"
+
+
+def test_lambda_one_trains_as_scratch(tmp_path: Path) -> None:
+    scratch = train(tiny("scratch"), tmp_path, device="cpu")
+    ssat = train(tiny("ssat", lambda_weight=1.0), tmp_path, device="cpu")
+    assert scratch.state.keys() == ssat.state.keys()
+    assert all(torch.equal(scratch.state[name], ssat.state[name]) for name in scratch.state)
+
+
+def test_lambda_zero_trains_as_the_first_stage_of_ssl_ft(tmp_path: Path) -> None:
+    ssat = train(tiny("ssat", lambda_weight=0.0), tmp_path, device="cpu")
+    ssl_ft = train(tiny("ssl_ft"), tmp_path, device="cpu")
+    pretrain = load_checkpoint(ssl_ft.path.with_name("pretrain.pt"))
+    assert all(torch.equal(pretrain.state[name], ssat.state[name]) for name in ssat.state)
+    assert not torch.equal(ssl_ft.state["blocks.0.mlp.fc1.weight"], ssat.state["blocks.0.mlp.fc1.weight"])
+    assert all(torch.equal(ssl_ft.state[n], ssat.state[n]) for n in ssat.state if n.startswith("decoder."))
+
+
+def test_vectors_and_biases_are_not_decayed_and_tokens_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Noted(torch.optim.AdamW):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    checkpoint = train(tiny(epochs=1, betas=(0.8, 0.95)), tmp_path, device="cpu")
+    (optimiser,) = made
+    decays = {group["weight_decay"]: {p.shape for p in group["params"]} for group in optimiser.param_groups}
+    assert decays.keys() == {0.0, 0.05}
+    assert all(len(shape) <= 1 for shape in decays[0.0])
+    assert all(len(shape) > 1 for shape in decays[0.05])
+    assert {(1, 1, 32), (1, 1, 16)} <= decays[0.05]  # class token and mask token
+    counts = [len(group["params"]) for group in optimiser.param_groups]
+    shapes = [v.ndim for n, v in checkpoint.state.items() if not n.endswith("pos_embed")]
+    assert sum(counts) == len(shapes)
+    assert sorted(counts) == sorted([sum(ndim <= 1 for ndim in shapes), sum(ndim > 1 for ndim in shapes)])
+    assert all(group["betas"] == (0.8, 0.95) for group in optimiser.param_groups)
+
+
+def test_splitting_a_batch_gives_the_same_gradient(tmp_path: Path) -> None:
+    averages = {}
+    for accumulate in (1, 2, 3, 12):
+        recipe = tiny(subset=24, batch_size=12, accumulate=accumulate, norm_pix=True)
+        with pytest.raises(Stop):
+            train(recipe, tmp_path / str(accumulate), device="cpu", save_every_s=-1, progress=stop_after(1))
+        state = load_tensors(tmp_path / str(accumulate) / recipe.name / "training_state.pt", "a state")
+        # After one step AdamW's first moment is (1 - beta1) times the gradient.
+        moments = [value["exp_avg"].flatten() for _, value in sorted(state["optimiser"]["state"].items())]
+        averages[accumulate] = torch.cat(moments)
+    largest = float(averages[1].abs().max())
+    for accumulate, average in averages.items():
+        torch.testing.assert_close(average, averages[1], rtol=1e-4, atol=1e-6 * largest, msg=str(accumulate))
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(tiny(clip_grad=1e-3), tmp_path, device="cpu", save_every_s=-1, progress=stop_after(1))
+    state = load_tensors(tmp_path / tiny().name / "training_state.pt", "a state")
+    moments = torch.cat([value["exp_avg"].flatten() for value in state["optimiser"]["state"].values()])
+    assert float(moments.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_runs_and_keeps_its_weights_in_float32(tmp_path: Path, method: str) -> None:
+    checkpoint = train(tiny(method, precision="bf16"), tmp_path, device="cpu")
+    assert {value.dtype for value in checkpoint.state.values()} == {torch.float32}
+    assert np.isfinite(log_of(checkpoint)["loss"]).all()
+    full = train(tiny(method), tmp_path / "full", device="cpu")
+    assert log_of(checkpoint)["loss"].to_numpy() == pytest.approx(log_of(full)["loss"].to_numpy(), rel=0.05)
+    assert checkpoint.hash != full.hash
+
+
+@pytest.mark.parametrize(("method", "column"), [("scratch", "cross_entropy"), ("ssat", "loss"), ("ssl_ft", "loss")])
+def test_the_loss_falls(tmp_path: Path, method: str, column: str) -> None:
+    recipe = tiny(method, subset=200, batch_size=20, epochs=9, augmentation="none", base_lr=0.04)
+    for stage, log in log_of(train(recipe, tmp_path, device="cpu")).groupby("stage"):
+        assert log[column].iloc[-1] < 0.9 * log[column].iloc[0], stage
+
+
+# What is logged
+
+
+def test_the_log_has_a_row_per_epoch_with_unweighted_terms(tmp_path: Path) -> None:
+    recipe = tiny(lambda_weight=0.3, epochs=4, warmup_epochs=1.0)
+    log = log_of(train(recipe, tmp_path, device="cpu"))
+    assert list(log.columns) == [
+        "stage", "epoch", "loss", "cross_entropy", "reconstruction", "learning_rate", "grad_norm", "train_accuracy",
+        "val_accuracy", "val_cross_entropy", "seconds", "images_per_s", "data_wait_s",
+    ]  # fmt: skip
+    assert log["epoch"].tolist() == [1, 2, 3, 4]
+    assert (log["stage"] == "train").all()
+    np.testing.assert_allclose(log["loss"], 0.3 * log["cross_entropy"] + 0.7 * log["reconstruction"], rtol=1e-6)
+    assert log.notna().all(axis=None)
+    peak, end = 1e-2 * 7 / 256, 1e-6
+    shares = [(epoch + 2 / 3 - 1) / 3 for epoch in range(1, 4)]  # the rate of the last step of each epoch
+    expected = [peak * 2 / 3, *(end + (peak - end) * 0.5 * (1 + np.cos(np.pi * share)) for share in shares)]
+    np.testing.assert_allclose(log["learning_rate"], expected, rtol=1e-12)
+    np.testing.assert_allclose(log["images_per_s"], 21 / log["seconds"], rtol=1e-5)
+    assert ((log["data_wait_s"] > 0) & (log["data_wait_s"] < log["seconds"])).all()
+
+
+def test_ssl_ft_runs_both_stages_and_is_charged_for_both(tmp_path: Path) -> None:
+    checkpoint = train(tiny("ssl_ft", pretrain_epochs=3), tmp_path, device="cpu")
+    log, cost = log_of(checkpoint), json.loads((checkpoint.path.parent / "cost.json").read_text())
+    assert log["stage"].tolist() == ["pretrain"] * 3 + ["finetune"] * 2
+    pretrain, finetune = (log[log["stage"] == stage] for stage in ("pretrain", "finetune"))
+    assert pretrain[["cross_entropy", "train_accuracy", "val_accuracy"]].isna().all(axis=None)
+    assert pretrain["reconstruction"].equals(pretrain["loss"])
+    assert finetune["reconstruction"].isna().all()
+    assert {stage: values["images"] for stage, values in cost.items()} == {"pretrain": 63, "finetune": 42}
+    for stage, rows in (("pretrain", pretrain), ("finetune", finetune)):
+        assert cost[stage]["train_s"] == pytest.approx(rows["seconds"].sum(), rel=1e-6)
+    assert (checkpoint.stage, checkpoint.epoch) == ("finetune", 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_announced_is_what_is_spent(tmp_path: Path, method: str) -> None:
+    recipe = tiny(method)
+    resolved, budget = plan(recipe)
+    checkpoint = train(recipe, tmp_path, device="cpu")
+    cost = json.loads((checkpoint.path.parent / "cost.json").read_text())
+    assert {stage.name: stage.images for stage in budget.stages} == {name: cost[name]["images"] for name in cost}
+    assert resolved == checkpoint.recipe
+    stored = {name: value for name, value in checkpoint.state.items() if not name.endswith("pos_embed")}
+    assert sum(v.numel() for v in stored.values()) == budget.encoder_parameters + budget.decoder_parameters
+
+
+def test_progress_counts_every_step_of_every_stage(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    train(tiny("ssl_ft"), tmp_path, device="cpu", progress=lambda *told: seen.append(told))
+    assert [done for done, _, _ in seen] == list(range(1, 13))
+    assert {total for _, total, _ in seen} == {12}
+    assert [text for _, _, text in seen[::3]] == ["pretrain 1/2", "pretrain 2/2", "finetune 1/2", "finetune 2/2"]
+
+
+def test_training_leaves_the_global_generators_alone(tmp_path: Path) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    train(tiny("ssl_ft", augmentation="strong"), tmp_path, device="cpu")
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
+
+
+def test_evaluation_counts_and_sums_over_images_and_leaves_the_mode(checkpoints: dict[str, Path]) -> None:
+    checkpoint = load_checkpoint(checkpoints["scratch"])
+    images, encoder = split(open_dataset("digits"), "test"), checkpoint.encoder()
+    assert len(images) > 256  # more than one batch
+    correct, loss = evaluate(encoder, images, checkpoint.facts, "cpu")
+    assert encoder.training
+    with torch.no_grad():
+        logits = encoder.eval()(normalise(images.read(range(len(images))), checkpoint.facts)).double()
+    labels = torch.from_numpy(images.labels)
+    assert correct == int((logits.argmax(1) == labels).sum())
+    expected = float((logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]).sum())
+    assert loss == pytest.approx(expected, rel=1e-6)
+    evaluate(encoder, images, checkpoint.facts, "cpu", [3, 5])
+    assert not encoder.training
+    assert evaluate(encoder, images, checkpoint.facts, "cpu", [3, 5])[0] <= 2
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    runs = [train(tiny(seed=seed), tmp_path / str(i), device="cpu") for i, seed in enumerate((3, 3, 4))]
+    assert_same_run(runs[0], runs[1])
+    assert not torch.equal(runs[0].state["head.weight"], runs[2].state["head.weight"])
+    digests = {hashlib.sha256((run.path.parent / "recipe.json").read_bytes()).hexdigest() for run in runs}
+    assert len(digests) == 2
+
+
+# Several processes
+
+TWO = """
+import sys
+from accelerate import debug_launcher
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
+
+def run(method, folder):
+    train(Recipe(method=method, subset=24, batch_size=8, epochs=2, augmentation="none", base_lr=1e-2,
+                 warmup_epochs=0), folder, device="cpu", save_every_s=0)
+
+if __name__ == "__main__":
+    for method in ("scratch", "ssl_ft", "ssat"):
+        debug_launcher(run, (method, sys.argv[1]), num_processes=2)
+"""
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO, str(tmp_path / "two")], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for method in METHODS:
+        recipe = tiny(method, subset=24, batch_size=8, augmentation="none", warmup_epochs=0)
+        two = load_checkpoint(tmp_path / "two" / recipe.name / f"{method}.pt")
+        log, cost = log_of(two), json.loads((two.path.parent / "cost.json").read_text())
+        assert all(values["images"] == 48 for values in cost.values())
+        assert np.isfinite(log["loss"]).all()
+        if method == "scratch":  # nothing is drawn at random, so it is the same run but for rounding
+            one = train(recipe, tmp_path / "one", device="cpu")
+            np.testing.assert_allclose(log["loss"], log_of(one)["loss"], rtol=1e-3)
+            np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
