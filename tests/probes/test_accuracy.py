@@ -1,0 +1,81 @@
+"""Accuracy and losses by value."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ssat_probe.probes.accuracy import Probe
+from ssat_probe.sample import Sample
+from ssat_probe.subject import Subject
+
+Paths = dict[str, Path]
+
+
+def subject(path: Path, **fields: object) -> Subject:
+    options = {"num_images": 101, "batch_size": 23, "device": "cpu", "dtype": "float64"} | fields
+    return Subject.of(path, Sample(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["scratch", "ssl_ft", "ssat"])
+def test_values_by_hand(checkpoints: Paths, method: str) -> None:
+    one = subject(checkpoints[method])
+    row = Probe().measure(one).iloc[0]
+    whole = subject(checkpoints[method], batch_size=101)
+    (batch,) = whole.batches()
+    with torch.no_grad():
+        logits = one.model(batch.images).numpy()
+        errors = whole.reconstruction_errors(batch).numpy() if whole.decoder is not None else np.full(1, np.nan)
+    labels = batch.labels.numpy()
+    log = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    correct = (logits.argmax(1) == labels).sum()
+    assert row["accuracy"] == correct / 101
+    assert row["cross_entropy"] == pytest.approx(-log[np.arange(101), labels].mean(), rel=1e-12)
+    assert row["reconstruction"] == pytest.approx(errors.mean(), rel=1e-12, nan_ok=True)
+    assert np.isnan(row["reconstruction"]) == (method == "scratch")
+    assert row["num_images"] == 101
+
+
+def test_the_interval_is_wilsons(checkpoints: Paths) -> None:
+    row = Probe().measure(subject(checkpoints["ssat"])).iloc[0]
+    z, n, p = 1.959963984540054, 101, row["accuracy"]
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert row["accuracy_low"] == pytest.approx(centre - half, rel=1e-9)
+    assert row["accuracy_high"] == pytest.approx(centre + half, rel=1e-9)
+
+
+def test_a_model_that_knows_the_class_is_always_right(checkpoints: Paths) -> None:
+    one = subject(checkpoints["scratch"])
+    answers = iter([batch.labels for batch in one.batches()])
+    one.model.head.register_forward_hook(
+        lambda module, args, out: torch.nn.functional.one_hot(next(answers), 10).double() * 50
+    )
+    row = Probe().measure(one).iloc[0]
+    assert (row["accuracy"], row["accuracy_high"]) == (1, 1)
+    assert row["cross_entropy"] == pytest.approx(9 * np.exp(-50), rel=1e-6)
+
+
+def table(reconstruction: tuple[float, ...]) -> pd.DataFrame:
+    values = [(0.8 + 0.01 * i, 0.7, 0.9, 0.5, r, 100) for i, r in enumerate(reconstruction)]
+    made = pd.DataFrame(values, columns=[column.name for column in Probe.columns])
+    for place, (name, value) in enumerate({"model": "vit_nano", "method": "ssat", "data": "digits"}.items()):
+        made.insert(place, name, value)
+    made.insert(0, "checkpoint", [f"run{i}" for i in range(len(made))])
+    made.insert(4, "seed", range(len(made)))
+    made.insert(5, "epoch", 3)
+    return pd.read_csv(io.StringIO(made.to_csv(index=False)))
+
+
+@pytest.mark.parametrize(("reconstruction", "panels"), [((0.4, 0.5, 0.6), 2), ((np.nan,) * 3, 1), ((0.4, np.nan), 2)])
+def test_reconstruction_is_drawn_where_there_is_a_decoder(reconstruction: tuple[float, ...], panels: int) -> None:
+    axes = Probe().draw(table(reconstruction)).axes
+    assert [ax.get_ylabel() for ax in axes] == ["test accuracy", "reconstruction [normalised pixel²]"][:panels]
+
+
+def test_the_summary_has_a_row_per_checkpoint() -> None:
+    shown = Probe().summary(table((0.4, 0.5)))
+    assert shown["checkpoint"].tolist() == ["run0", "run1"]

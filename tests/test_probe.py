@@ -1,0 +1,117 @@
+"""The runner: identity columns, records, files, and when a result is up to date."""
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssat_probe import probe
+from ssat_probe.checkpoint import load_checkpoint, save_checkpoint
+from ssat_probe.sample import Sample
+from ssat_probe.table import read_table
+
+Paths = dict[str, Path]
+SAMPLE = Sample(num_images=13, batch_size=5, device="cpu")
+
+
+def test_the_identity_stands_in_front(checkpoints: Paths) -> None:
+    table = probe.measure("accuracy", list(checkpoints.values()), num_images=13, device="cpu")
+    assert list(table.columns[:6]) == [column.name for column in probe.IDENTITY]
+    assert list(table.columns[6:]) == [column.name for column in probe.make("accuracy").columns]
+    assert table["checkpoint"].tolist() == [f"vit_nano-digits-{method}-seed0" for method in checkpoints]
+    assert table["method"].tolist() == list(checkpoints)
+    assert (table[["model", "data", "seed", "epoch"]] == ["vit_nano", "digits", 0, 1]).all(axis=None)
+
+
+def test_labels_are_unique_where_two_files_hold_the_same_run(checkpoints: Paths, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(checkpoints["ssat"].read_bytes())
+    table = probe.measure("accuracy", [checkpoints["ssat"], copy], num_images=13, device="cpu")
+    assert table["checkpoint"].tolist() == ["vit_nano-digits-ssat-seed0", f"vit_nano-digits-ssat-seed0 ({copy})"]
+
+
+def test_options_are_those_of_the_probe_and_of_the_sample(checkpoints: Paths) -> None:
+    table = probe.measure("attention", [checkpoints["ssat"]], num_images=13, queries="cls", blocks=[1], device="cpu")
+    assert set(table["queries"]) == {"cls"}
+    assert set(table["block"]) == {1}
+    assert set(table["num_images"]) == {13}
+
+
+def test_an_unknown_probe_or_option_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"No 'acuracy' in probes: .* Did you mean 'accuracy'\?"):
+        probe.make("acuracy")
+    with pytest.raises(ValueError, match=r"No 'querys' in the options of attention: .* Did you mean 'queries'\?"):
+        probe.make("attention", querys="cls")
+
+
+def test_the_record_says_how_the_table_was_made(checkpoints: Paths) -> None:
+    paths = list(checkpoints.values())
+    seen: list[tuple[int, int, str]] = []
+    _, record = probe.measure_all(
+        probe.make("attention", queries="cls", blocks=[1, 2]), paths, SAMPLE, lambda *told: seen.append(told)
+    )
+    assert record == json.loads(json.dumps(record))
+    assert record["probe"] == "attention"
+    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 2]}
+    assert (record["sample"]["num_images"], record["sample"]["split"]) == (13, "test")
+    assert [entry["hash"] for entry in record["checkpoints"]] == [load_checkpoint(path).hash for path in paths]
+    assert {entry["num_images"] for entry in record["checkpoints"]} == {13}
+    assert len({entry["images"] for entry in record["checkpoints"]}) == 1
+    assert record["versions"]["torch"] == version("torch")
+    assert set(record["versions"]) == {"python", *probe.RECORDED_PACKAGES}
+    assert record["device"] == "cpu"
+    assert record["seconds"] > 0
+    assert [(done, total) for done, total, _ in seen] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_run_writes_table_record_and_figure(checkpoints: Paths, tmp_path: Path) -> None:
+    table = probe.run(probe.make("accuracy"), [checkpoints["ssat"]], SAMPLE, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"accuracy.{e}" for e in ("csv", "json", "png", "pdf")
+    }
+    pd.testing.assert_frame_equal(read_table(tmp_path / "out" / "accuracy.csv"), table, check_exact=True)
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "accuracy.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_result_is_up_to_date_until_anything_about_it_changes(checkpoints: Paths, tmp_path: Path) -> None:
+    one, path, out = probe.make("attention"), tmp_path / "a.pt", tmp_path / "out"
+    path.write_bytes(checkpoints["ssat"].read_bytes())
+    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
+    probe.run(one, [path], SAMPLE, out)
+    assert probe.is_up_to_date(one, [path], SAMPLE, out)
+    assert not probe.is_up_to_date(probe.make("attention", queries="cls"), [path], SAMPLE, out)
+    assert not probe.is_up_to_date(one, [path], Sample(num_images=14, batch_size=5, device="cpu"), out)
+    assert not probe.is_up_to_date(one, [path, checkpoints["ssl_ft"]], SAMPLE, out)
+    checkpoint = load_checkpoint(path)
+    changed = checkpoint.state | {"head.bias": checkpoint.state["head.bias"] + 1}
+    save_checkpoint(dataclasses.replace(checkpoint, state=changed))
+    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
+    path.write_bytes(checkpoints["ssat"].read_bytes())
+    assert probe.is_up_to_date(one, [path], SAMPLE, out)
+    record = out / "attention.json"
+    whole = record.read_text()
+    record.write_text(whole[:-20])
+    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
+    record.write_text(json.dumps(json.loads(whole) | {"versions": {"ssat-probe": "0.0.0"}}))
+    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
+    record.write_text(whole)
+    (out / "attention.csv").unlink()
+    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
+
+
+def test_a_figure_can_be_drawn_from_a_table_read_back(checkpoints: Paths, tmp_path: Path) -> None:
+    probe.run(probe.make("accuracy"), list(checkpoints.values()), SAMPLE, tmp_path)
+    assert probe.draw("accuracy", read_table(tmp_path / "accuracy.csv")).axes
+
+
+def test_folders_of_results_are_named_by_what_was_measured(tmp_path: Path) -> None:
+    one, other = tmp_path / "run" / "ssat.pt", tmp_path / "run" / "ssl_ft.pt"
+    assert probe.folder_name([one]).startswith("run-ssat-")
+    assert probe.folder_name([one, other]).startswith("2-checkpoints-")
+    names = {probe.folder_name(paths) for paths in ([one], [other], [one, other], [other, one])}
+    assert len(names) == 4
+    assert probe.folder_name([one]) == probe.folder_name([tmp_path / "run" / ".." / "run" / "ssat.pt"])
