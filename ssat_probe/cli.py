@@ -27,6 +27,7 @@ app = App(
     help_format="plaintext",
     default_parameter=Parameter(consume_multiple=True, negative=()),
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says how to go on
 )
 
 
@@ -111,7 +112,7 @@ def reproduce(
         )  # fmt: skip
     page = write_report(out)
     _print_table(comparison)
-    _print_table(claims)
+    _print_verdicts(claims)
     _say(f"Wrote {page}")
 
 
@@ -290,13 +291,31 @@ def _print_budget(recipe: Recipe, budget: "Budget") -> None:
 
 
 def _print_table(table: "DataFrame") -> None:
-    """A table that can be read in a terminal."""
+    """A table that can be read in a terminal; turned on its side if it is too wide but has few rows."""
     from rich.console import Console
     from rich.table import Table
 
+    heads = [str(name).replace("_", " ") for name in table.columns]
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, sum(widths) + 3 * len(widths) + 1)
+    if sum(widths) + 3 * len(widths) + 1 > console.width and len(cells) < len(heads):
+        heads, *cells = [list(line) for line in zip(heads, *cells, strict=True)]
     shown = Table(header_style="bold")
-    for name in table.columns:
-        shown.add_column(str(name).replace("_", " "), justify="left" if table[name].dtype.kind in "OU" else "right")
-    for row in table.itertuples(index=False):
-        shown.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(shown)
+    for place, head in enumerate(heads):
+        shown.add_column(head, justify="right" if place else "left", overflow="fold")
+    for line in cells:
+        shown.add_row(*line)
+    console.print(shown)
+
+
+def _print_verdicts(verdicts: "DataFrame") -> None:
+    """One claim per paragraph."""
+    for row in verdicts.itertuples(index=False):
+        _say(f"{row.verdict}: {row.claim} ({row.role})")
+        _say(
+            f"    {row.measure}, {row.difference}: {row.effect:+.4g} [{row.low:+.4g}, {row.high:+.4g}], "
+            f"{row.num_seeds} seeds"
+        )

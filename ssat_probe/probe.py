@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry
 from ssat_probe.sample import Sample
-from ssat_probe.table import Column, read_table, write_table
+from ssat_probe.table import Column, check_writable, read_table, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +94,15 @@ def draw(name: str, table: "DataFrame") -> "Figure":
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If a column is missing.
     """
-    return make(name).draw(table)
+    probe = make(name)
+    for column in ("checkpoint", *(column.name for column in probe.columns)):
+        if column not in table:
+            raise ValueError(f"A table of {name} must have a column {column!r}, got none; pass one the probe wrote.")
+    return probe.draw(table)
 
 
 def measure_all(
@@ -165,6 +172,7 @@ def run(
     Returns:
         The table.
     """
+    check_writable(out)
     table, record = measure_all(probe, paths, sample, progress)
     write_results(probe, table, record, out)
     return table

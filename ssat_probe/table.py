@@ -35,19 +35,10 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
         content: Text (UTF-8) or bytes.
 
     Returns:
-        ``path``.
-
-    Raises:
-        ValueError: If the folder cannot be written.
+        ``path``; a folder that cannot be written is a ValueError.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise ValueError(
-            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another with --out."
-        ) from error
+    handle, temporary = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -59,6 +50,28 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and make sure that files can be written there, before the work whose result they will hold.
+
+    Args:
+        folder: A ValueError if it cannot be written.
+    """
+    handle, temporary = _temporary(folder / "test")
+    os.close(handle)
+    Path(temporary).unlink()
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """An open file beside ``path``, and its name."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another with --out."
+        ) from error
 
 
 def write_table(table: "DataFrame", path: Path, record: Mapping[str, Any]) -> Path:
@@ -74,6 +87,7 @@ def write_table(table: "DataFrame", path: Path, record: Mapping[str, Any]) -> Pa
     Returns:
         ``path``.
     """
+    check_writable(path.parent)
     path.with_suffix(".json").unlink(missing_ok=True)
     write_atomically(path, table.to_csv(index=False))
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -96,4 +110,4 @@ def read_table(path: Path) -> "DataFrame":
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a table written by a probe, got no such file.")
-    return pd.read_csv(path, float_precision="round_trip")
+    return pd.read_csv(path)
