@@ -108,6 +108,23 @@ def test_a_figure_can_be_drawn_from_a_table_read_back(checkpoints: Paths, tmp_pa
     assert probe.draw("accuracy", read_table(tmp_path / "accuracy.csv")).axes
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    checkpoints: Paths, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    seen: list[object] = []
+    with pytest.raises(ValueError, match="must be a folder that can be written, got 'Not a directory'"):
+        probe.run(
+            probe.make("accuracy"), [checkpoints["ssat"]], SAMPLE, tmp_path / "file" / "sub", lambda *t: seen.append(t)
+        )
+    assert not seen
+
+
+def test_a_table_without_a_column_is_named() -> None:
+    with pytest.raises(ValueError, match="A table of variance must have a column 'checkpoint', got none; pass one"):
+        probe.draw("variance", pd.DataFrame({"a": [1]}))
+
+
 def test_folders_of_results_are_named_by_what_was_measured(tmp_path: Path) -> None:
     one, other = tmp_path / "run" / "ssat.pt", tmp_path / "run" / "ssl_ft.pt"
     assert probe.folder_name([one]).startswith("run-ssat-")

@@ -47,6 +47,16 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         write_atomically(tmp_path / "file" / "a.csv", "")
 
 
+def test_a_folder_is_checked_and_left_empty(tmp_path: Path) -> None:
+    tables.check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a" / "b"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/sub must be a folder that can be written, got 'Not a directory'"):
+        tables.check_writable(tmp_path / "file" / "sub")
+    with pytest.raises(ValueError, match="file/sub must be a folder that can be written, got 'Not a directory'"):
+        write_table(pd.DataFrame({"value": [1.0]}), tmp_path / "file" / "sub" / "a.csv", {})
+
+
 def test_a_table_comes_back_with_its_numbers_to_the_last_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     table = pd.DataFrame({"checkpoint": ["a", "b", "c"], "value": rng.normal(size=3) * 10.0 ** np.array([-30, 0, 30])})
