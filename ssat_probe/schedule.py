@@ -1,4 +1,4 @@
-"""Learning rate as a function of the epoch, and the parameters that weight decay spares."""
+"""Learning rate as a function of the epoch."""
 
 import math
 
