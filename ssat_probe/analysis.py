@@ -11,9 +11,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import pandas as pd
@@ -102,12 +101,12 @@ def read(path: Path, is_smoke: bool = False) -> Analysis:
         raise ValueError(f"{path} must say {', '.join(missing)}, got nothing there; see analyses/mechanisms.yaml.")
     shared, seeds = dict(content["recipe"]), list(content["seeds"])
     if is_smoke:
-        shared |= {"epochs": 1, "subset": 40, "batch_size": 20}
+        shared |= {"epochs": 1, "subset": 20, "batch_size": 10}
         seeds = seeds[:2]
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
     return Analysis(
         name=f"{path.stem}-smoke" if is_smoke else path.stem,
-        title=str(content.get("title", path.stem)),
+        title=str(content.get("title", path.stem)) + (" (smoke: the numbers mean nothing)" if is_smoke else ""),
         source=source,
         recipes=tuple(
             Recipe.from_dict({**shared, "method": method, "seed": seed}, str(path))
@@ -221,11 +220,11 @@ def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Prog
                 cell(lambda done, total, text, number=number: together.told(number, done, total, text))  # type: ignore[misc]
         return
     context = get_context("spawn")  # a forked torch may hang
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as pool:
-        queue = _queue(manager)
-        waiting = [pool.submit(_work, cell, number, queue, threads, os.getpid()) for number, cell in enumerate(cells)]
+    news = context.SimpleQueue()
+    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(news, threads, os.getpid())) as pool:
+        waiting = [pool.submit(_work, cell, number) for number, cell in enumerate(cells)]
         try:
-            _follow(waiting, queue, together)
+            _follow(waiting, news, together)
         except BaseException:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -233,33 +232,40 @@ def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Prog
             raise
 
 
-def _follow(waiting: list[Future[None]], queue: Queue[Any], together: "_Together") -> None:
+def _follow(waiting: list[Future[None]], news: "SimpleQueue[Any]", together: "_Together") -> None:
     """Pass on what the workers tell, until all are done or one fails."""
     pending: set[Future[None]] = set(waiting)
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-        while True:
-            try:
-                together.told(*queue.get_nowait())
-            except Empty:
-                break
+        while not news.empty():
+            together.told(*news.get())
 
 
-def _work(cell: _Cell, number: int, queue: Queue[Any], threads: int, parent: int) -> None:
-    """A cell in a process of its own, which ends when its parent does."""
+_news: "SimpleQueue[Any]"
+"Of a worker process: where it tells how far it is."
+
+
+def _begin(news: "SimpleQueue[Any]", threads: int, parent: int) -> None:
+    """Start a worker process, which ends when its parent does."""
+    global _news
+    _news = news
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _work(cell: _Cell, number: int) -> None:
+    """A cell in a worker process."""
     last = 0.0
 
     def told(done: int, total: int, text: str) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            queue.put((number, done, total, text))
+            _news.put((number, done, total, text))
 
-    with _threads(threads):
-        cell(told)
+    cell(told)
 
 
 def _end_with(parent: int) -> None:
@@ -294,19 +300,15 @@ def _threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _queue(manager: SyncManager) -> Queue[Any]:
-    return manager.Queue()
-
-
 def _measurement(name: str, values: dict[str, Any], is_smoke: bool) -> Measurement:
     """A probe of the file: its options and those of its sample stand side by side."""
     sample_fields = {field.name for field in dataclasses.fields(Sample)}
     options = {key: value for key, value in values.items() if key not in sample_fields}
     sample = {key: value for key, value in values.items() if key in sample_fields}
     if is_smoke:
-        sample["num_images"] = 20
+        sample["num_images"] = 10
         if "steps" in options:
-            options["steps"] = 6
+            options["steps"] = 4
     return Measurement(name, probe.make(name, **options), Sample(**sample))
 
 

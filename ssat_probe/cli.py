@@ -50,7 +50,7 @@ def train(
         out: Folder of the runs; each makes its own folder in it.
         data_dir: Where the data set lies on disk; the embedded ones need none.
         download: Fetch the data set if it is not there.
-        resume: Go on with an interrupted run; --no-resume starts it again.
+        resume: Go on with an interrupted run; --no-resume starts it again. A finished one is reused either way.
         device: cpu, or empty for the fastest there is.
         tracker: A tracker of accelerate to log to as well, such as tensorboard.
         plan: Print the budget and stop.

@@ -227,7 +227,7 @@ def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
 def _interval(mean: float, low: float, high: float) -> str:
     if pd.isna(mean):
         return "-"
-    return f"{mean:.4g}" if pd.isna(low) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+    return f"{mean:.4g}" if pd.isna(low) or low == high else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def _latex(table: DataFrame) -> str:

@@ -13,7 +13,7 @@ from ssat_probe.patches import grid_of, num_masked
 from ssat_probe.recipe import Recipe
 
 Encoder = Any
-"""A module whose call gives logits, with ``encode(images, mask) -> Features``, ``num_tokens``, ``patch_size``, ``grid``.
+"""A module whose call gives logits, with ``encode(images, mask) -> Features``, ``num_tokens`` and ``grid``.
 
 Not a Protocol: torch types every attribute of a module as tensor or module, which no Protocol can undo.
 """

@@ -110,6 +110,9 @@ class Recipe:
     label_smoothing: float = 0.1
     "Label smoothing of the cross-entropy in training."
 
+    eval_every: int = 1
+    "Epochs between two looks at the validation images; the last epoch always looks."
+
     seed: int = 0
     "Seed of initialisation, order, augmentation and masks."
 
@@ -216,7 +219,7 @@ def _check_ranges(recipe: Recipe) -> None:
     pair = recipe.betas if isinstance(recipe.betas, tuple) else ()
     valid = [isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair]
     check("betas", valid == [True, True], "two numbers in [0, 1)")
-    for name in ("epochs", "batch_size", "accumulate"):
+    for name in ("epochs", "batch_size", "accumulate", "eval_every"):
         check(name, getattr(recipe, name) >= 1, "at least 1")
     for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
         check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
@@ -224,7 +227,7 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):
         check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")
-    check("base_lr", recipe.base_lr > 0, "above 0")
+    check("base_lr", 0 < recipe.base_lr <= 1000, "above 0 and at most 1000")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
     check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")
     if recipe.budget == "equal_epochs" and recipe.method == "ssl_ft":

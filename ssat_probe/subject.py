@@ -43,6 +43,8 @@ class Subject:
     "Encoder with its head; a call gives logits."
     decoder: nn.Module | None
     images: Images
+    classes: tuple[str, ...]
+    "Of the images; another data set's may be others than the model's."
     sample: Sample
     device: torch.device
     dtype: torch.dtype
@@ -79,7 +81,7 @@ class Subject:
         model = checkpoint.encoder().to(device, dtype).eval()
         decoder = checkpoint.decoder()
         decoder = decoder.to(device, dtype).eval() if decoder is not None else None
-        return cls(checkpoint, model, decoder, images, sample, device, dtype)
+        return cls(checkpoint, model, decoder, images, dataset.facts.classes, sample, device, dtype)
 
     @property
     def num_images(self) -> int:
@@ -116,11 +118,26 @@ class Subject:
         """
         known(term, TERMS, "losses")
         if term == "cross_entropy":
+            self.require_classes()
             return F.cross_entropy(self.model(batch.images), batch.labels)
         if term == "reconstruction":
             return self.reconstruction_errors(batch).mean()
         weight = self.checkpoint.recipe.lambda_weight
         return weight * self.loss(batch) + (1 - weight) * self.loss(batch, "reconstruction")
+
+    def require_classes(self) -> None:
+        """Refuse to compare the model's classes with images of other ones.
+
+        Raises:
+            ValueError: If the images' classes are not those that the model was trained on, in the same order.
+        """
+        needed = self.checkpoint.facts.classes
+        if self.classes != needed:
+            raise ValueError(
+                f"The images must have the {len(needed)} classes of {self.checkpoint.path} ({_few(needed)}), "
+                f"got {len(self.classes)} ({_few(self.classes)}); choose other images with --data, or a probe that "
+                "needs no classes (attention, variance)."
+            )
 
     def reconstruction_errors(self, batch: Batch) -> Float[Tensor, " batch"]:
         """Reconstruction error of each image, under a mask that depends on the image alone.
@@ -182,3 +199,7 @@ def device_of(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be one that is here, got {name!r}; use cpu, or leave it out.") from error
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

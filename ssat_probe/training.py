@@ -1,16 +1,13 @@
 """Train a recipe: one loop for every method, resumable at any step."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -22,13 +19,14 @@ from torch import Tensor, nn
 from ssat_probe import registry
 from ssat_probe.augmentation import augment
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
-from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.images import Facts, Images, normalise, split
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.losses import Losses
-from ssat_probe.network import Encoder, build_decoder, build_encoder, resolve
+from ssat_probe.network import build_decoder, build_encoder, resolve
 from ssat_probe.recipe import Recipe
+from ssat_probe.run import Run, State, load_state, refuse_other, save_state, write_checkpoint
 from ssat_probe.schedule import learning_rate
 from ssat_probe.table import write_atomically
 
@@ -37,40 +35,6 @@ OBJECTIVES = {"scratch": "supervised", "pretrain": "reconstruction", "finetune":
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
-
-
-@dataclass
-class State:
-    """Everything that changes while a run goes on; with the weights and the optimiser, all that resuming needs.
-
-    Order, augmentation and masks of a step depend on the seed and the step alone, so there is no generator to keep.
-    """
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
-    "Steps done in this epoch."
-    sums: dict[str, float] = field(default_factory=dict)
-    "Sums of this epoch so far."
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    "Finished epochs, one row each."
-    cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    "Seconds and images of each stage."
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same while a run goes on."""
-
-    recipe: Recipe
-    facts: Facts
-    train: Images
-    val: Images
-    folder: Path
-    accelerator: Accelerator
-    encoder: Encoder
-    decoder: nn.Module | None
-    workers: int
 
 
 def train(
@@ -96,7 +60,7 @@ def train(
         out: Folder of the runs.
         data_dir: Where the data set lies, if it is not embedded.
         download: Fetch the data set if it is not there.
-        resume: Go on with an interrupted run of the same recipe; otherwise start it again.
+        resume: Go on with an interrupted run of the same recipe; otherwise start it again. A finished one is reused.
         device: ``cpu`` to stay on the CPU; by default the fastest device there is.
         tracker: A tracker of accelerate to log to as well: ``tensorboard``, ``wandb``, ...
         workers: Processes that decode images, where images are files.
@@ -115,10 +79,12 @@ def train(
     folder = Path(out) / recipe.name
     path = folder / f"{recipe.method}.pt"
     if path.exists():
-        return _same_recipe(load_checkpoint(path), recipe)
+        checkpoint = load_checkpoint(path)
+        refuse_other(checkpoint.recipe, recipe, path)
+        return checkpoint
     run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
                                          split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
-    state, saved_optimiser = _resumed(run) if resume else (State(), None)
+    state, saved_optimiser = load_state(run) if resume else (State(), None)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
     stages = list(recipe.stage_epochs.items())
@@ -147,16 +113,16 @@ def train(
                 state.step += 1
                 progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
                 if time.monotonic() - last_save > save_every_s:
-                    _save(run, state, optimiser)
+                    save_state(run, state, optimiser)
                     last_save = time.monotonic()
                 started = time.monotonic()
             # Not `rate`: a run that resumes after the last step of an epoch has no step left in it.
             last = learning_rate(recipe, state.epoch + (per_epoch - 1) / per_epoch, num_epochs)
             _finish_epoch(run, state, stage, last)
         if len(stages) > 1 and state.stage == 0:
-            _write(run, state, stage, folder / f"{stage}.pt")
+            write_checkpoint(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0
-    checkpoint = _write(run, state, stages[-1][0], path)
+    checkpoint = write_checkpoint(run, state, stages[-1][0], path)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return checkpoint
@@ -311,10 +277,12 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float) -> None:
     started = time.monotonic()
     mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
     counts = [float("nan"), float("nan")]
-    if stage != "pretrain":
+    done = state.epoch + 1
+    if stage != "pretrain" and (done % run.recipe.eval_every == 0 or done == run.recipe.stage_epochs[stage]):
         counts = [float(value) for value in evaluate(run.encoder, run.val, run.facts, run.accelerator.device, mine)]
     names = sorted(state.sums)
-    local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=torch.float32)
+    dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
+    local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=dtype)
     correct, val_loss, *values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
     sums = dict(zip(names, values, strict=True))
     processes = run.accelerator.num_processes
@@ -343,78 +311,6 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float) -> None:
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
         run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
-
-
-def _save(run: Run, state: State, optimiser: Any) -> None:
-    """Write all that resuming needs, atomically."""
-    if not run.accelerator.is_main_process:
-        return
-    scaler = run.accelerator.scaler
-    content = {
-        "recipe": run.recipe.as_dict(),
-        "images": run.train.fingerprint(),
-        "state": dataclasses.asdict(state),
-        "model": state_of(run.encoder, run.decoder),
-        "optimiser": optimiser.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-    }
-    save_tensors(content, run.folder / "training_state.pt")
-    _write_log(run, state)
-
-
-def _resumed(run: Run) -> tuple[State, dict[str, Any] | None]:
-    """State of an interrupted run, its weights loaded into the network; a fresh one where there is none."""
-    path = run.folder / "training_state.pt"
-    if not path.exists():
-        return State(), None
-    content = load_tensors(path, "the state of an interrupted training")
-    _refuse_other(Recipe.from_dict(content["recipe"], str(path)), run.recipe, path)
-    if content["images"] != run.train.fingerprint():
-        raise ValueError(
-            f"{path} must have been made from the images of data {run.recipe.data!r} as they are now, got others; "
-            "restore the images, or start the run again with --no-resume."
-        )
-    parts = {"": run.encoder, "decoder.": run.decoder}
-    for prefix, module in parts.items():
-        if module is not None:
-            names = module.state_dict().keys()
-            module.load_state_dict({name: content["model"][prefix + name] for name in names})
-    state = State(**content["state"])
-    return state, {"optimiser": content["optimiser"], "scaler": content["scaler"]}
-
-
-def _write(run: Run, state: State, stage: str, path: Path) -> Checkpoint:
-    """Write the weights as a checkpoint, with the log and the cost beside it."""
-    weights = state_of(run.encoder, run.decoder)
-    epoch = run.recipe.stage_epochs[stage]
-    checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
-    if run.accelerator.is_main_process:
-        _write_log(run, state)
-        save_checkpoint(checkpoint)
-        if stage != "pretrain":
-            (run.folder / "training_state.pt").unlink(missing_ok=True)
-    return checkpoint
-
-
-def _write_log(run: Run, state: State) -> None:
-    write_atomically(run.folder / "log.csv", pd.DataFrame(state.rows).to_csv(index=False))
-    write_atomically(run.folder / "cost.json", json.dumps(state.cost, indent=2) + "\n")
-
-
-def _same_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint, if it is one of this recipe."""
-    _refuse_other(checkpoint.recipe, recipe, checkpoint.path)
-    return checkpoint
-
-
-def _refuse_other(there: Recipe, asked: Recipe, path: Path) -> None:
-    """Refuse to touch the run of another recipe."""
-    for name, value in asked.as_dict().items():
-        if there.as_dict()[name] != value:
-            raise ValueError(
-                f"{path} must be of the recipe that is asked for, got one with {name} {there.as_dict()[name]!r} "
-                f"instead of {value!r}; choose another folder with --out, or remove the run that is there."
-            )
 
 
 def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:

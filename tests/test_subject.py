@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssat_probe.checkpoint import load_checkpoint
 from ssat_probe.data import open_dataset
@@ -181,8 +182,6 @@ def test_an_unknown_loss_is_named(checkpoints: Paths) -> None:
 
 def colour_images(root: Path, classes: int = 2) -> Path:
     """A folder data set of colour noise."""
-    from PIL import Image
-
     rng = np.random.default_rng(3)
     for part in ("train", "test"):
         for label in range(classes):
@@ -214,3 +213,14 @@ def test_a_device_that_is_not_here_is_named(name: str) -> None:
 def test_an_empty_device_is_the_fastest_there_is() -> None:
     assert device_of("cpu") == torch.device("cpu")
     assert device_of("").type in {"cpu", "cuda", "mps"}
+
+
+def test_images_of_other_classes_are_refused_where_classes_matter(checkpoints: Paths, tmp_path: Path) -> None:
+    images = colour_images(tmp_path)
+    for path in images.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    looked_at = subject(checkpoints["ssat"], data="folder", data_dir=images)
+    sentence = r"must have the 10 classes of .*ssat\.pt \(0, 1, 2, \.\.\.\), got 2 \(class0, class1"
+    with pytest.raises(ValueError, match=sentence):
+        looked_at.loss(next(looked_at.batches()))
+    assert looked_at.reconstruction_errors(next(looked_at.batches())).shape == (6,)

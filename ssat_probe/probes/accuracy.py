@@ -40,6 +40,7 @@ class Probe:
         from pandas import DataFrame
         from scipy.stats import binomtest
 
+        subject.require_classes()
         correct, loss, error = 0, 0.0, 0.0 if subject.decoder is not None else float("nan")
         with torch.no_grad():
             for batch in subject.batches():

@@ -1,0 +1,160 @@
+"""A training run: what stays the same, what changes, and both on disk."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import Accelerator
+from torch import nn
+
+from ssat_probe.checkpoint import Checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.images import Facts, Images
+from ssat_probe.network import Encoder
+from ssat_probe.recipe import Recipe
+from ssat_probe.table import write_atomically
+
+STATE_FILE = "training_state.pt"
+
+
+@dataclass
+class State:
+    """Everything that changes while a run goes on; with the weights and the optimiser, all that resuming needs.
+
+    Order, augmentation and masks of a step depend on the seed and the step alone, so there is no generator to keep.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    "Steps done in this epoch."
+    sums: dict[str, float] = field(default_factory=dict)
+    "Sums of this epoch so far."
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    "Finished epochs, one row each."
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    "Seconds and images of each stage."
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same while a run goes on."""
+
+    recipe: Recipe
+    facts: Facts
+    train: Images
+    val: Images
+    folder: Path
+    accelerator: Accelerator
+    encoder: Encoder
+    decoder: nn.Module | None
+    workers: int
+
+
+def save_state(run: Run, state: State, optimiser: Any) -> None:
+    """Write all that resuming needs, atomically, from the main process.
+
+    Args:
+        run: Whose weights.
+        state: How far it is.
+        optimiser: Of the current stage.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    scaler = run.accelerator.scaler
+    content = {
+        "recipe": run.recipe.as_dict(),
+        "images": run.train.fingerprint(),
+        "state": dataclasses.asdict(state),
+        "model": state_of(run.encoder, run.decoder),
+        "optimiser": optimiser.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    save_tensors(content, run.folder / STATE_FILE)
+    write_log(run, state)
+
+
+def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
+    """State of an interrupted run, its weights loaded into the network; a fresh one where there is none.
+
+    Args:
+        run: Whose folder is looked into.
+
+    Returns:
+        The state, and those of optimiser and scaler if there are any.
+
+    Raises:
+        ValueError: If the state is of another recipe or of other images.
+    """
+    path = run.folder / STATE_FILE
+    if not path.exists():
+        return State(), None
+    content = load_tensors(path, "the state of an interrupted training")
+    refuse_other(Recipe.from_dict(content["recipe"], str(path)), run.recipe, path)
+    if content["images"] != run.train.fingerprint():
+        raise ValueError(
+            f"{path} must have been made from the images of data {run.recipe.data!r} as they are now, got others; "
+            "restore the images, or start the run again with --no-resume."
+        )
+    parts = {"": run.encoder, "decoder.": run.decoder}
+    for prefix, module in parts.items():
+        if module is not None:
+            names = module.state_dict().keys()
+            module.load_state_dict({name: content["model"][prefix + name] for name in names})
+    state = State(**content["state"])
+    return state, {"optimiser": content["optimiser"], "scaler": content["scaler"]}
+
+
+def write_checkpoint(run: Run, state: State, stage: str, path: Path) -> Checkpoint:
+    """Write the weights as a checkpoint, with the log and the cost beside it; after the last stage the state goes.
+
+    Args:
+        run: Whose weights.
+        state: Its log and cost.
+        stage: That has ended.
+        path: Where the checkpoint goes.
+
+    Returns:
+        The checkpoint, in every process.
+    """
+    weights = state_of(run.encoder, run.decoder)
+    epoch = run.recipe.stage_epochs[stage]
+    checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
+    if run.accelerator.is_main_process:
+        write_log(run, state)
+        save_checkpoint(checkpoint)
+        if stage != "pretrain":
+            (run.folder / STATE_FILE).unlink(missing_ok=True)
+    return checkpoint
+
+
+def write_log(run: Run, state: State) -> None:
+    """Write ``log.csv``, a row per finished epoch, and ``cost.json``, seconds and images per stage.
+
+    Args:
+        run: Whose folder.
+        state: Its log and cost.
+    """
+    write_atomically(run.folder / "log.csv", pd.DataFrame(state.rows).to_csv(index=False))
+    write_atomically(run.folder / "cost.json", json.dumps(state.cost, indent=2) + "\n")
+
+
+def refuse_other(there: Recipe, asked: Recipe, path: Path) -> None:
+    """Refuse to touch the run of another recipe.
+
+    Args:
+        there: Recipe of what is on disk.
+        asked: Recipe that is to be run.
+        path: Of what is on disk.
+
+    Raises:
+        ValueError: If they differ; the sentence names the first field that does.
+    """
+    for name, value in asked.as_dict().items():
+        if there.as_dict()[name] != value:
+            raise ValueError(
+                f"{path} must be of the recipe that is asked for, got one with {name} {there.as_dict()[name]!r} "
+                f"instead of {value!r}; choose another folder with --out, or remove the run that is there."
+            )

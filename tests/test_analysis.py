@@ -1,0 +1,173 @@
+"""Analyses: what the files say, what is reused, and what a killed run leaves behind."""
+
+import hashlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from torchvision.datasets import CIFAR10
+
+from ssat_probe import analysis, report
+from ssat_probe.models import vit
+from ssat_probe.registry import PACKAGE
+
+FOLDER = PACKAGE.parent / "analyses"
+FILES = sorted(FOLDER.glob("*.yaml"))
+TINY = """
+title: Tiny
+recipe: {model: vit_nano, data: digits, subset: 40, epochs: 2, batch_size: 20, augmentation: crop}
+methods: [ssl_ft, ssat]
+seeds: [0, 1]
+probes:
+  accuracy: {num_images: 30}
+  hessian: {steps: 5, num_images: 10}
+measures:
+  test accuracy: {probe: accuracy, column: accuracy}
+  λmax: {probe: hessian, column: value, where: quantity == 'lambda_max'}
+  training time: {probe: cost, column: seconds, unit: s}
+claims:
+  - {claim: SSAT is sharper, measure: λmax, sign: 1}
+threads: 1
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_analysis_parses_and_its_header_says_what_it_takes(path: Path) -> None:
+    chosen = analysis.read(path)
+    assert len(chosen.recipes) >= 9
+    assert {recipe.method for recipe in chosen.recipes} == {"scratch", "ssl_ft", "ssat"}
+    assert len({recipe.seed for recipe in chosen.recipes}) >= 3
+    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    for word in ("Claim:", "Run:", "Takes:", "Needs:", "Got:"):
+        assert f" {word} " in header
+
+
+def test_default_analysis_is_mechanisms() -> None:
+    assert analysis.default_path().name == "mechanisms.yaml"
+    assert analysis.read(analysis.default_path()).name == "mechanisms"
+
+
+def test_plan_matches_the_cost_of_ssl_ft_to_that_of_ssat() -> None:
+    cells = analysis.plan(analysis.read(FOLDER / "mechanisms.yaml"))
+    cost = {recipe.method: budget.multiply_adds for recipe, budget in cells}
+    assert cost["ssl_ft"] == cost["ssat"] > cost["scratch"]
+    assert all(budget.encoder_parameters + budget.decoder_parameters <= 60_000 for _, budget in cells)
+
+
+def test_run_writes_all_and_a_second_run_reuses_all(tiny: Path, tmp_path: Path) -> None:
+    chosen = analysis.read(tiny)
+    told = []
+    first = analysis.run(
+        chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1, progress=lambda *news: told.append(news)
+    )
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    tables = {f"{name}.{kind}" for name in ("accuracy", "hessian") for kind in ("csv", "json", "png", "pdf")}
+    assert names == tables | {"analysis.json", "claims.csv", "claims.md"} | {
+        f"comparison.{kind}" for kind in ("csv", "md", "tex")
+    }
+    assert told[-1][0] == told[-1][1]
+    accuracy = pd.read_csv(tmp_path / "out" / "accuracy.csv")
+    assert accuracy["checkpoint"].tolist() == [recipe.name for recipe in chosen.recipes]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")}
+    second = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")} == written
+    pd.testing.assert_frame_equal(first[0], second[0])
+    pd.testing.assert_frame_equal(first[1], second[1])
+    page = report.write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "SSAT is sharper" in page
+
+
+def test_other_probe_options_are_measured_anew(tiny: Path, tmp_path: Path) -> None:
+    run = lambda: analysis.run(analysis.read(tiny), tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)  # noqa: E731
+    tiny.write_text(TINY.replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
+    run()
+    tiny.write_text(TINY.replace("seeds: [0, 1]", "seeds: [0]").replace("num_images: 30", "num_images: 20"))
+    run()
+    assert pd.read_csv(tmp_path / "out" / "accuracy.csv")["num_images"].tolist() == [20, 20]
+
+
+def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ssat_probe", "reproduce", str(tiny), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        folders = ["--out", str(tmp_path / name / "out"), "--checkpoints", str(tmp_path / name / "runs")]
+        return subprocess.Popen([*command, *folders], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    killed = start("killed")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "out" / "comparison.csv").exists()
+    for name in ("killed", "whole"):
+        process = start(name)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+    tables = [pd.read_csv(tmp_path / name / "out" / "comparison.csv") for name in ("killed", "whole")]
+    timeless = [table[table["measure"] != "training time"] for table in tables]
+    pd.testing.assert_frame_equal(*timeless, check_exact=True)
+    assert (tmp_path / "whole" / "out" / "report.html").is_file()
+
+
+def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    counts = {f"data_batch_{number}": 20 for number in range(1, 6)} | {"test_batch": 20}
+    for name, count in counts.items():
+        data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(count)]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in counts if name != "test_batch"])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    monkeypatch.setattr("ssat_probe.data.cifar10.NUM_IMAGES", {"train": 100, "test": 20})
+    monkeypatch.setattr("ssat_probe.data.cifar10.CLASSES", tuple("abcdefghij"))
+    narrow = vit.VARIANTS["vit_tiny"] | {"dim": 24, "decoder": (2, 16, 2)}  # as deep as it is, to be quick
+    monkeypatch.setitem(vit.VARIANTS, "vit_tiny", narrow)
+    chosen = analysis.read(FOLDER / "cifar10.yaml", is_smoke=True)
+    assert chosen.name == "cifar10-smoke"
+    compared, verdicts = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", data_dir=tmp_path, device="cpu")
+    assert len(compared) == len(chosen.measures)
+    assert verdicts["num_seeds"].tolist() == [2] * len(chosen.claims)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("seeds:", "seed:"), r"No 'seed' in the keys of an analysis \(.*tiny.yaml\): .* Did you mean 'seeds'\?"),
+        (("epochs:", "epoch:"), r"No 'epoch' in the keys of a recipe \(.*tiny.yaml\): .* Did you mean 'epochs'\?"),
+        (("hessian: {steps", "hessian: {step"), r"No 'step' in the options of hessian: .* Did you mean 'steps'\?"),
+        (("  accuracy: {", "  acuracy: {"), r"No 'acuracy' in probes: .* Did you mean 'accuracy'\?"),
+        (("ssat]", "sat]"), r"No 'sat' in method: .* Did you mean 'ssat'\?"),
+        (("seeds: [0, 1]", "seeds: []"), r"tiny.yaml must say seeds, got nothing there"),
+        (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),
+        ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tiny: Path, change: tuple[str, str], sentence: str) -> None:
+    tiny.write_text(TINY.replace(*change), encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        analysis.read(tiny)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing.yaml must be an analysis file \(YAML\), got no such file"):
+        analysis.read(tmp_path / "nothing.yaml")

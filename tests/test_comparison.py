@@ -1,0 +1,110 @@
+"""Comparison of methods: intervals and verdicts by value."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pandas import DataFrame
+from scipy import stats
+
+from ssat_probe import comparison
+from ssat_probe.comparison import Claim, Measure
+
+VALUES = {"scratch": (0.5, 0.6, 0.7), "ssl_ft": (0.70, 0.72, 0.77), "ssat": (0.80, 0.83, 0.86)}
+
+
+@pytest.fixture
+def table() -> DataFrame:
+    """Two rows per checkpoint, of blocks 0 and 1; the mean over blocks is what VALUES says."""
+    rows = [
+        {"checkpoint": f"{method}{seed}", "method": method, "seed": seed, "block": block, "score": value + shift}
+        for method, values in VALUES.items()
+        for seed, value in enumerate(values)
+        for block, shift in ((0, -0.1), (1, 0.1))
+    ]
+    return DataFrame(rows)
+
+
+@pytest.fixture
+def costs(table: DataFrame) -> DataFrame:
+    names = table["checkpoint"].unique()
+    return DataFrame({"checkpoint": names, "seconds": 2.0, "images": 100})
+
+
+def test_measure_is_the_mean_over_the_rows_that_the_condition_selects(table: DataFrame) -> None:
+    assert Measure("m", "p", "score").of(table)["ssat1"] == pytest.approx(0.83)
+    assert Measure("m", "p", "score", where="block == 1").of(table)["ssat1"] == pytest.approx(0.93)
+
+
+def test_compared_methods_have_students_interval_over_seeds(table: DataFrame, costs: DataFrame) -> None:
+    compared, _ = comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
+    row = compared[compared["method"] == "ssl_ft"].iloc[0]
+    mean, sem = np.mean(VALUES["ssl_ft"]), stats.sem(VALUES["ssl_ft"])
+    expected = stats.t.interval(0.95, 2, loc=mean, scale=sem)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((mean, *expected))
+    assert row["num_seeds"] == 3
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, "supported"), (-1, "contradicted")])
+def test_verdict_follows_from_the_paired_interval(table: DataFrame, costs: DataFrame, sign: int, expected: str) -> None:
+    measures = {"score": Measure("score", "p", "score")}
+    _, verdicts = comparison.compare(measures, [Claim("c", "score", sign)], {"p": table}, costs)
+    row = verdicts.iloc[0]
+    differences = np.subtract(VALUES["ssat"], VALUES["ssl_ft"])
+    interval = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
+    assert (row["effect"], row["low"], row["high"]) == pytest.approx((differences.mean(), *interval))
+    assert row["verdict"] == expected
+    assert row["difference"] == "SSAT - SSL+FT"
+
+
+def test_interval_that_holds_zero_is_inconclusive(table: DataFrame, costs: DataFrame) -> None:
+    table.loc[(table["method"] == "ssat") & (table["seed"] == 0), "score"] -= 0.5
+    measures = {"score": Measure("score", "p", "score")}
+    _, verdicts = comparison.compare(measures, [Claim("c", "score", 1)], {"p": table}, costs)
+    assert verdicts.iloc[0]["verdict"] == "inconclusive"
+
+
+def test_claims_pair_only_the_seeds_that_both_methods_have(table: DataFrame, costs: DataFrame) -> None:
+    table = table[~((table["method"] == "ssat") & (table["seed"] == 2))]
+    measures = {"score": Measure("score", "p", "score")}
+    _, verdicts = comparison.compare(measures, [Claim("c", "score", 1)], {"p": table}, costs)
+    assert verdicts.iloc[0]["num_seeds"] == 2
+
+
+def test_measure_that_a_method_does_not_have_is_left_open(table: DataFrame, costs: DataFrame) -> None:
+    table.loc[table["method"] == "scratch", "score"] = float("nan")
+    compared, _ = comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
+    row = compared[compared["method"] == "scratch"].iloc[0]
+    assert np.isnan(row["mean"])
+    assert row["num_seeds"] == 0
+    assert comparison.readable(compared)["scratch"].tolist() == ["-"]
+
+
+def test_written_tables_say_the_same_in_every_format(table: DataFrame, costs: DataFrame, tmp_path: Path) -> None:
+    measures = {"score_a": Measure("score_a", "p", "score", unit="activation²"), "s": Measure("s", "cost", "seconds")}
+    result = comparison.compare(measures, [Claim("a | b", "s", 1)], {"p": table}, costs)
+    comparison.write(*result, tmp_path)
+    assert "| score_a [activation²] | 0.6 [0.3516, 0.8484] |" in (tmp_path / "comparison.md").read_text()
+    assert r"score\_a [activation$^2$] & 0.6 [0.3516, 0.8484]" in (tmp_path / "comparison.tex").read_text()
+    assert "| s | 2 | 2 | 2 |" in (tmp_path / "comparison.md").read_text()
+    claims = (tmp_path / "claims.md").read_text()
+    assert "a &#124; b" in claims
+    assert comparison.RULE in claims
+
+
+def test_errors_say_what_is_wrong(table: DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"No 'scor' in the columns of p: .* Did you mean 'score'\?"):
+        Measure("m", "p", "scor").of(table)
+    with pytest.raises(ValueError, match="got none for 'block > 7'"):
+        Measure("m", "p", "score", where="block > 7").of(table)
+    with pytest.raises(ValueError, match="measure 'm' must select rows of p, got 'blok > 7'"):
+        Measure("m", "p", "score", where="blok > 7").of(table)
+    with pytest.raises(ValueError, match=r"No 'colum' in the keys of measure 'm'"):
+        comparison.measure_from("m", {"probe": "p", "colum": "score"})
+    measures = {"score": Measure("score", "p", "score")}
+    with pytest.raises(ValueError, match=r"No 'scores' in measures: score\."):
+        comparison.claim_from({"claim": "c", "measure": "scores", "sign": 1}, measures)
+    with pytest.raises(ValueError, match="The sign of claim 'c' must be 1 or -1, got 0"):
+        comparison.claim_from({"claim": "c", "measure": "score", "sign": 0}, measures)
+    with pytest.raises(ValueError, match=r"No 'roll' in the keys of a claim"):
+        comparison.claim_from({"claim": "c", "measure": "score", "sign": 1, "roll": "x"}, measures)
