@@ -189,12 +189,11 @@ def dots_by_series(ax: Axes, table: DataFrame, y: str) -> list[Series]:
     for place, one in enumerate(drawn):
         values = one.table.groupby("checkpoint", sort=False)[y].mean().to_numpy(dtype=float)
         spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
-        ax.plot(place + spread, values, color=one.look.colour, marker=one.look.marker, linestyle="", alpha=0.55)
+        look: Any = {"color": one.look.colour, "marker": one.look.marker}
+        ax.plot(place + spread, values, linestyle="", alpha=0.55, label=one.label, **look)
         if len(values) > 1:
             mean, low, high = t_interval(values.tolist())
-            ax.errorbar(
-                place + 0.25, mean, [[mean - low], [high - mean]], color=one.look.colour, marker="_", capsize=2.5
-            )
+            ax.errorbar(place + 0.25, mean, [[mean - low], [high - mean]], capsize=2.5, **look)
     ax.set_xticks(range(len(drawn)), [one.label for one in drawn], rotation=0 if len(drawn) <= 4 else 90)
     ax.set_xlim(-0.5, len(drawn) - 0.5 + 0.15)
     return drawn

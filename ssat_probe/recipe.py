@@ -1,6 +1,7 @@
 """Recipe: everything that determines a training run, and nothing else."""
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -227,7 +228,8 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):
         check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")
-    check("base_lr", 0 < recipe.base_lr <= 1000, "above 0 and at most 1000")
+    check("base_lr", recipe.base_lr > 0, "above 0")
+    check("base_lr", math.isfinite(recipe.base_lr), "a finite number")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
     check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")
     if recipe.budget == "equal_epochs" and recipe.method == "ssl_ft":

@@ -213,7 +213,7 @@ def _stage(run: Run, stage: str, saved_optimiser: dict[str, Any] | None) -> tupl
     name = OBJECTIVES[run.recipe.method if stage == "train" else stage]
     objective = registry.load("objectives", name).Objective(run.recipe, run.encoder, run.decoder)
     groups = param_groups_weight_decay(objective, run.recipe.weight_decay)
-    optimiser = torch.optim.AdamW(groups, lr=run.recipe.learning_rate, betas=run.recipe.betas)
+    optimiser = torch.optim.AdamW(groups, lr=run.recipe.learning_rate, betas=run.recipe.betas, fused=True)
     objective, optimiser = run.accelerator.prepare(objective, optimiser)
     if saved_optimiser is not None:
         optimiser.load_state_dict(saved_optimiser["optimiser"])

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from pandas import DataFrame
+from scipy import stats
 
 from ssat_probe import drawing
 from ssat_probe.measures.statistics import t_interval
@@ -222,3 +224,21 @@ def test_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file must be a folder that can be written"):
         drawing.save(drawn(table(["ssat"], [0]))[0], tmp_path / "file" / "figure")
+
+
+def test_dots_are_the_checkpoints_and_the_bar_their_t_interval() -> None:
+    values = {"scratch": (1.0, 2.0, 4.0), "ssat": (3.0,)}
+    rows = [
+        {"checkpoint": f"{m}{i}", "method": m, "model": "v", "data": "d", "seed": i, "epoch": 1, "score": v}
+        for m, vs in values.items()
+        for i, v in enumerate(vs)
+    ]
+    with drawing.style():
+        _, (ax,) = drawing.panels()
+        drawn = drawing.dots_by_series(ax, DataFrame(rows), "score")
+    assert [one.label for one in drawn] == ["scratch", "SSAT"]
+    assert ax.lines[0].get_ydata().tolist() == [1.0, 2.0, 4.0]
+    (bar,) = ax.containers
+    (segment,) = bar.lines[2][0].get_segments()
+    mean, half = np.mean([1, 2, 4]), stats.t.ppf(0.975, 2) * stats.sem([1, 2, 4])
+    np.testing.assert_allclose(segment[:, 1], [mean - half, mean + half])

@@ -112,6 +112,7 @@ def test_no_field_takes_a_value_of_no_type_it_could_have(field: dataclasses.Fiel
         ({"seed": -1}, "seed must be at least 0, got -1."),
         ({"seed": 2**64}, "seed must be below 2^63 - 1, got 18446744073709551616."),
         ({"base_lr": 0.0}, "base_lr must be above 0, got 0.0."),
+        ({"base_lr": float("inf")}, "base_lr must be a finite number, got inf."),
         ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0."),
         ({"norm_pix": 1}, "norm_pix must be bool, got 1."),
         ({"img_size": (8, 0)}, "img_size must be one or two positive whole numbers (height width), got (8, 0)."),

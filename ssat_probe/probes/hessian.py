@@ -314,17 +314,19 @@ def _draw_density(whole: "Axes", negative: "Axes", table: "DataFrame") -> None:
     bulk = 1e-3 * max(high, -low) or 1.0  # linear part of the axis: what counts as near zero
     wide = bulk * np.sinh(np.linspace(np.arcsinh(1.4 * low / bulk), np.arcsinh(1.4 * high / bulk), 401))
     for ax, grid in ((whole, wide), (negative, np.linspace(1.15 * low or -bulk, 0, 301))):
+        highest = 1.0
         for one in drawing.series(table):
             look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
             runs = [_krylovs(rows) for _, rows in one.table.groupby("checkpoint", sort=False)]
             curves = np.array([counts(krylovs, grid, bulk) for krylovs in runs])
+            highest = max(highest, curves.max())
             if len(curves) > 1:
                 ax.plot(grid, curves.T, linewidth=0.5, alpha=0.5, **look)
             ax.plot(grid, curves.mean(axis=0), label=one.label, **look)
             smallest = one.table.loc[one.table["quantity"] == "lambda_min", "value"]
             ax.plot(smallest, [1e-2] * len(smallest), marker=3, linestyle="", color=one.look.colour, clip_on=False)
         ax.set_yscale("log")
-        ax.set_ylim(1e-2, None)
+        ax.set_ylim(1e-2, 3 * highest)
         ax.set_xlim(grid[0], grid[-1])
     whole.set_xscale("symlog", linthresh=bulk)
     top = int(np.floor(np.log10(max(high, -low, bulk))))
@@ -364,20 +366,9 @@ def _draw_shares(ax: "Axes", table: "DataFrame") -> None:
 def _draw_points(ax: "Axes", table: "DataFrame", quantity: str, label: str) -> None:
     """One point per checkpoint beside the mean over seeds with its 95 % interval."""
     from ssat_probe import drawing
-    from ssat_probe.measures.statistics import t_interval
 
-    drawn = drawing.series(table[table["quantity"] == quantity])
-    for place, one in enumerate(drawn):
-        values = one.table["value"].astype(float).tolist()
-        look: Any = {"color": one.look.colour, "marker": one.look.marker}
-        ax.plot(
-            [place] * len(values), values, linestyle="", alpha=0.5 if len(values) > 1 else 1, label=one.label, **look
-        )
-        if len(values) > 1:
-            mean, low, high = t_interval(values)
-            ax.errorbar(place + 0.25, mean, [[mean - low], [high - mean]], capsize=2, linestyle="", **look)
-    is_short = all(len(one.label) <= 10 for one in drawn)
-    ax.set_xticks(range(len(drawn)), [one.label if is_short else "" for one in drawn])
-    ax.set_xlim(-0.5, len(drawn) - 0.25)
+    drawn = drawing.dots_by_series(ax, table[table["quantity"] == quantity], "value")
+    if any(len(one.label) > 10 for one in drawn):
+        ax.set_xticks(range(len(drawn)), [""] * len(drawn))  # the legend names them
     ax.axhline(0, color="black", linewidth=0.5, zorder=0)
     drawing.label_axes(ax, "", label)
