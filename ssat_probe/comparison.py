@@ -227,7 +227,9 @@ def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
 def _interval(mean: float, low: float, high: float) -> str:
     if pd.isna(mean):
         return "-"
-    return f"{mean:.4g}" if pd.isna(low) or low == high else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+    number = "{:,.0f}" if abs(mean) >= 1000 else "{:.4g}"
+    shape = number if pd.isna(low) or low == high else f"{number} [{number}, {number}]"
+    return shape.format(mean, low, high)
 
 
 def _latex(table: DataFrame) -> str:

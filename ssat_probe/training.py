@@ -141,6 +141,8 @@ def plan(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -
     """
     dataset = open_dataset(recipe.data, data_dir, download, recipe.img_size)
     recipe = resolve(recipe, dataset.facts)
+    if isinstance(recipe.subset, int):  # then a plan needs no images on disk
+        return recipe, budget_of(recipe, dataset.facts, recipe.subset)
     num_images = len(split(dataset, "train", recipe.subset, recipe.subset_seed))
     return recipe, budget_of(recipe, dataset.facts, num_images)
 

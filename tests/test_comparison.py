@@ -80,6 +80,12 @@ def test_measure_that_a_method_does_not_have_is_left_open(table: DataFrame, cost
     assert comparison.readable(compared)["scratch"].tolist() == ["-"]
 
 
+def test_large_numbers_are_written_out(costs: DataFrame, table: DataFrame) -> None:
+    costs["images"] = 60_000
+    compared, _ = comparison.compare({"images": Measure("images", "cost", "images")}, [], {"p": table}, costs)
+    assert comparison.readable(compared)["SSAT"].tolist() == ["60,000"]
+
+
 def test_written_tables_say_the_same_in_every_format(table: DataFrame, costs: DataFrame, tmp_path: Path) -> None:
     measures = {"score_a": Measure("score_a", "p", "score", unit="activation²"), "s": Measure("s", "cost", "seconds")}
     result = comparison.compare(measures, [Claim("a | b", "s", 1)], {"p": table}, costs)
