@@ -160,15 +160,21 @@ def run(
         The comparison of the methods and the verdicts on the claims.
     """
     started = time.monotonic()
-    write_atomically(out / "analysis.json", json.dumps(_record(analysis, None), indent=2) + "\n")
+    path = out / "analysis.json"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [_Cell(recipe, checkpoints, measurements, data_dir, device) for recipe in analysis.recipes]
-    _run_cells(analysis, cells, jobs, progress)
+    is_new = _run_cells(analysis, cells, jobs, progress)
     folders = [checkpoints / recipe.name for recipe in analysis.recipes]
     tables = {measurement.name: _gathered(measurement, folders, out) for measurement in measurements}
     compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, _costs(folders))
     comparison.write(compared, verdicts, out)
-    write_atomically(out / "analysis.json", json.dumps(_record(analysis, time.monotonic() - started), indent=2) + "\n")
+    record = _record(analysis, time.monotonic() - started)
+    kept = json.loads(before) if before and not is_new else {}
+    if kept.get("seconds") is not None and kept["source"] == analysis.source:
+        record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
     return comparison.readable(compared), verdicts
 
 
@@ -182,14 +188,17 @@ class _Cell:
     data_dir: Path | None
     device: str | None
 
-    def __call__(self, told: Progress) -> None:
+    def __call__(self, told: Progress) -> bool:
         """Train and probe, or find that it is done.
 
         Args:
             told: Steps done, steps in all, text.
+
+        Returns:
+            Whether anything was trained or measured.
         """
         path = self.checkpoints / self.recipe.name / f"{self.recipe.method}.pt"
-        steps = 0
+        steps, is_new = 0, not path.exists()
 
         def training_told(done: int, total: int, text: str) -> None:
             nonlocal steps
@@ -203,28 +212,28 @@ class _Cell:
         for done, one in enumerate(self.measurements):
             told(steps + PROBE_STEPS * done, total, f"{self.recipe.name}: {one.name}")
             if not probe.is_up_to_date(one.probe, [path], one.sample, path.parent):
+                is_new = True
                 table, record = probe.measure_all(one.probe, [path], one.sample)
                 write_table(table, path.parent / f"{one.name}.csv", record)
         told(total, total, f"{self.recipe.name}: done")
+        return is_new
 
 
-def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Progress) -> None:
-    """Run the cells, in this process or side by side."""
+def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Progress) -> bool:
+    """Run the cells, in this process or side by side; whether any of them did anything."""
     cores = os.cpu_count() or 1
     threads = analysis.threads or max(1, cores // max(1, jobs or analysis.jobs or 1))
     jobs = min(jobs or analysis.jobs or max(1, cores // threads), len(cells))
     together = _Together(len(cells), progress)
     if jobs == 1:
         with _threads(threads):
-            for number, cell in enumerate(cells):
-                cell(lambda done, total, text, number=number: together.told(number, done, total, text))  # type: ignore[misc]
-        return
+            return any([cell(together.teller(number)) for number, cell in enumerate(cells)])
     context = get_context("spawn")  # a forked torch may hang
     news = context.SimpleQueue()
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(news, threads, os.getpid())) as pool:
         waiting = [pool.submit(_work, cell, number) for number, cell in enumerate(cells)]
         try:
-            _follow(waiting, news, together)
+            return _follow(waiting, news, together)
         except BaseException:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -232,15 +241,16 @@ def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Prog
             raise
 
 
-def _follow(waiting: list[Future[None]], news: "SimpleQueue[Any]", together: "_Together") -> None:
+def _follow(waiting: list[Future[bool]], news: "SimpleQueue[Any]", together: "_Together") -> bool:
     """Pass on what the workers tell, until all are done or one fails."""
-    pending: set[Future[None]] = set(waiting)
+    pending: set[Future[bool]] = set(waiting)
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
         while not news.empty():
             together.told(*news.get())
+    return any([future.result() for future in waiting])
 
 
 _news: "SimpleQueue[Any]"
@@ -255,7 +265,7 @@ def _begin(news: "SimpleQueue[Any]", threads: int, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _work(cell: _Cell, number: int) -> None:
+def _work(cell: _Cell, number: int) -> bool:
     """A cell in a worker process."""
     last = 0.0
 
@@ -265,7 +275,7 @@ def _work(cell: _Cell, number: int) -> None:
             last = time.monotonic()
             _news.put((number, done, total, text))
 
-    cell(told)
+    return cell(told)
 
 
 def _end_with(parent: int) -> None:
@@ -280,6 +290,10 @@ class _Together:
 
     def __init__(self, num_cells: int, progress: Progress) -> None:
         self.done, self.totals, self.progress = [0] * num_cells, [0] * num_cells, progress
+
+    def teller(self, number: int) -> Progress:
+        """What one cell tells its news to."""
+        return lambda done, total, text: self.told(number, done, total, text)
 
     def told(self, number: int, done: int, total: int, text: str) -> None:
         """One cell's news."""

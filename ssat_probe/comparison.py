@@ -169,7 +169,7 @@ def readable(compared: DataFrame) -> DataFrame:
     rows = []
     for name, group in compared.groupby("measure", sort=False):
         unit = group["unit"].iloc[0]
-        row = {"measure": f"{name} [{unit}]" if unit else name}
+        row = {"measure": f"{name} [{unit}]" if unit and not pd.isna(unit) else name}
         for method in methods:
             one = group[group["method"] == method].iloc[0]
             row[METHOD_LABELS.get(method, method)] = _interval(one["mean"], one["low"], one["high"])

@@ -111,7 +111,7 @@ def _compared(folder: Path) -> str:
     if not path.is_file():
         return ""
     table = read_table(path)
-    seeds = sorted(table["num_seeds"].unique())
+    seeds = sorted(set(table["num_seeds"]) - {0})
     return (
         "<h2>Comparison</h2>"
         + _frame(readable(table))

@@ -1,6 +1,7 @@
 """Analyses: what the files say, what is reused, and what a killed run leaves behind."""
 
 import hashlib
+import json
 import os
 import pickle
 import signal
@@ -82,9 +83,11 @@ def test_run_writes_all_and_a_second_run_reuses_all(tiny: Path, tmp_path: Path) 
     assert told[-1][0] == told[-1][1]
     accuracy = pd.read_csv(tmp_path / "out" / "accuracy.csv")
     assert accuracy["checkpoint"].tolist() == [recipe.name for recipe in chosen.recipes]
+    made = json.loads((tmp_path / "out" / "analysis.json").read_text())
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")}
     second = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")} == written
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text()) == made
     pd.testing.assert_frame_equal(first[0], second[0])
     pd.testing.assert_frame_equal(first[1], second[1])
     page = report.write_report(tmp_path / "out").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from pandas import DataFrame
 from scipy import stats
@@ -90,6 +91,8 @@ def test_written_tables_say_the_same_in_every_format(table: DataFrame, costs: Da
     measures = {"score_a": Measure("score_a", "p", "score", unit="activation²"), "s": Measure("s", "cost", "seconds")}
     result = comparison.compare(measures, [Claim("a | b", "s", 1)], {"p": table}, costs)
     comparison.write(*result, tmp_path)
+    read_back = comparison.readable(pd.read_csv(tmp_path / "comparison.csv"))
+    assert comparison.markdown(read_back) == (tmp_path / "comparison.md").read_text()
     assert "| score_a [activation²] | 0.6 [0.3516, 0.8484] |" in (tmp_path / "comparison.md").read_text()
     assert r"score\_a [activation$^2$] & 0.6 [0.3516, 0.8484]" in (tmp_path / "comparison.tex").read_text()
     assert "| s | 2 | 2 | 2 |" in (tmp_path / "comparison.md").read_text()
