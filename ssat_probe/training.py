@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -192,22 +193,32 @@ def _start(
     """Engine and fresh network of a run."""
     AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
     GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-        cpu=device == "cpu",
-        log_with=tracker,
-        project_dir=str(folder) if tracker else None,
-        # The head has no gradient in pre-training, nor the decoder in fine-tuning.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if device and not str(accelerator.device).startswith(device):
-        raise ValueError(f"device must be one that is here, got {device!r}; use cpu, or leave it out.")
-    if tracker:
-        accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
+    accelerator = _engine(recipe, device, tracker, folder)
     has_decoder = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
     encoder = build_encoder(recipe, facts).to(accelerator.device)
     decoder = build_decoder(recipe, facts).to(accelerator.device) if has_decoder else None
     return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
+
+
+def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Path) -> Accelerator:
+    """Accelerate on the device asked for, with the tracker asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".log_with=.* was passed but no supported trackers")  # refused below
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+            cpu=device == "cpu",
+            log_with=tracker,
+            project_dir=str(folder) if tracker else None,
+            # The head has no gradient in pre-training, nor the decoder in fine-tuning.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    if device and not str(accelerator.device).startswith(device):
+        raise ValueError(f"device must be one that is here, got {device!r}; use cpu, or leave it out.")
+    if tracker and not accelerator.log_with:
+        raise ValueError(f"tracker must be one that is installed here, got {tracker!r}; install it with pip.")
+    if tracker:
+        accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
+    return accelerator
 
 
 def _stage(run: Run, stage: str, saved_optimiser: dict[str, Any] | None) -> tuple[nn.Module, Any]:

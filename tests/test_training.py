@@ -470,3 +470,8 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
             one = train(recipe, tmp_path / "one", device="cpu")
             np.testing.assert_allclose(log["loss"], log_of(one)["loss"], rtol=1e-3)
             np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tracker must be one that is installed here, got 'clearml'; install it"):
+        train(tiny(), tmp_path, device="cpu", tracker="clearml")
