@@ -182,23 +182,24 @@ class Subject:
 
 
 def device_of(name: str) -> torch.device:
-    """Device by name; an empty name is the fastest there is.
+    """Device by name; an empty name is the fastest one with float64, in which probes accumulate.
 
     Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or empty.
+        name: ``cpu``, ``cuda``, ``cuda:1`` or empty.
 
     Returns:
         The device.
 
     Raises:
-        ValueError: If there is no such device here.
+        ValueError: If there is no such device here, or it has no float64.
     """
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that is here, got {name!r}; use cpu, or leave it out.") from error
+        return torch.empty(0, device=name, dtype=torch.float64).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device must be one that is here and has float64, got {name!r}; use cpu, or leave it out."
+        ) from error
 
 
 def _few(names: tuple[str, ...]) -> str:

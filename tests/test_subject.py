@@ -206,7 +206,9 @@ def test_other_images_are_scaled_to_the_models_size(checkpoints: Paths) -> None:
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "cpux"])
 def test_a_device_that_is_not_here_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"device must be one that is here, got '{name}'; use cpu, or leave it out"):
+    with pytest.raises(
+        ValueError, match=f"device must be one that is here and has float64, got '{name}'; use cpu, or leave it out"
+    ):
         device_of(name)
 
 
