@@ -1,5 +1,6 @@
 """Analyses: what the files say, what is reused, and what a killed run leaves behind."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -146,6 +147,7 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
     narrow = vit.VARIANTS["vit_tiny"] | {"dim": 24, "decoder": (2, 16, 2)}  # as deep as it is, to be quick
     monkeypatch.setitem(vit.VARIANTS, "vit_tiny", narrow)
     chosen = analysis.read(FOLDER / "cifar10.yaml", is_smoke=True)
+    chosen = dataclasses.replace(chosen, threads=1)  # other tests run beside this one
     assert chosen.name == "cifar10-smoke"
     compared, verdicts = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", data_dir=tmp_path, device="cpu")
     assert len(compared) == len(chosen.measures)
