@@ -66,8 +66,9 @@ LOOKS = {
     "scratch": Look("#009E73", "s", ":"),
     "ssl_ft": Look("#0072B2", "^", "--"),
     "ssat": Look("#D55E00", "o", "-"),
+    "untrained": Look("#7f7f7f", "x", "-."),
 }
-METHOD_LABELS = {"scratch": "scratch", "ssl_ft": "SSL+FT", "ssat": "SSAT"}
+METHOD_LABELS = {"scratch": "scratch", "ssl_ft": "SSL+FT", "ssat": "SSAT", "untrained": "untrained"}
 
 # "Muted" scheme of Tol (2021). Nine colours, ten markers, four dashes: the first 36 lines differ in colour and dashes.
 _COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#44AA99", "#AA4499", "#999933")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 IDENTITY = (
     Column("checkpoint", "", "name of the run that the weights come from"),
     Column("model", "", "encoder"),
-    Column("method", "", "scratch, ssl_ft (SSL+FT) or ssat (SSAT)"),
+    Column("method", "", "scratch, ssl_ft (SSL+FT), ssat (SSAT), or untrained"),
     Column("data", "", "data set of the training"),
     Column("seed", "", "seed of the training"),
     Column("epoch", "", "epochs of the last stage"),
 )
 "What a table says about each checkpoint, in front of a probe's own columns."
+
+UNTRAINED = "untrained"
+"Method of an untrained twin."
 
 RECORDED_PACKAGES = ("ssat-probe", "torch", "timm", "numpy", "scipy", "pandas", "matplotlib")
 
@@ -36,7 +39,13 @@ Progress = Callable[[int, int, str], None]
 
 
 class Probe(Protocol):
-    """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing."""
+    """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
+
+    Two things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
+    compare checkpoints. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained network of each
+    architecture and seed as if it were one more checkpoint.
+    """
 
     split: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
@@ -125,28 +134,21 @@ def measure_all(
     import pandas as pd
     import torch
 
-    from ssat_probe.subject import Subject
-
     started = time.monotonic()
-    tables: list[DataFrame] = []
-    seen: list[dict[str, Any]] = []
-    for done, path in enumerate(paths):
-        progress(done, len(paths), str(path))
-        subject = Subject.of(path, sample, probe.split)
-        label = subject.checkpoint.label
-        if label in [entry["checkpoint"] for entry in seen]:
-            label = f"{label} ({path})"
-        table = _with_identity(probe.measure(subject), subject, label)
-        tables.append(table)
-        seen.append(_seen(subject, path, label))
+    subjects = _Subjects(paths, sample, probe, progress)
+    if hasattr(probe, "between"):
+        tables = list(probe.between(iter(subjects)))
+    else:
+        tables = [probe.measure(subject) for _, subject in subjects]
+    tables = [_with_identity(table, one) for table, one in zip(tables, subjects.identities, strict=True)]
     progress(len(paths), len(paths), "")
     record = {
         "probe": _name_of(probe),
         "options": _plain(dataclasses.asdict(probe)),  # type: ignore[call-overload]
         "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
-        "checkpoints": seen,
+        "checkpoints": subjects.seen,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
-        "device": str(subject.device),
+        "device": subjects.device,
         "threads": torch.get_num_threads(),
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -220,37 +222,65 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
         return False
     if record.get("versions", {}).get("ssat-probe") != version("ssat-probe"):
         return False
-    there = [(entry["hash"], entry["images"]) for entry in record["checkpoints"]]
+    there = [(entry["hash"], entry["images"]) for entry in record["checkpoints"] if entry["path"]]
     subjects = (Subject.of(path, sample, probe.split) for path in paths)
     return there == [(subject.checkpoint.hash, subject.fingerprint) for subject in subjects]
 
 
-def _with_identity(table: "DataFrame", subject: "Subject", label: str) -> "DataFrame":
-    checkpoint = subject.checkpoint
-    recipe = checkpoint.recipe
-    identity: dict[str, Any] = {
-        "checkpoint": label,
-        "model": recipe.model,
-        "method": recipe.method,
-        "data": recipe.data,
-        "seed": recipe.seed,
-        "epoch": checkpoint.epoch,
-    }
+class _Subjects:
+    """Checkpoints, loaded one at a time; remembers what the table and the record say about each."""
+
+    def __init__(self, paths: Sequence[Path], sample: Sample, probe: Probe, progress: Progress) -> None:
+        self._paths, self._sample, self._probe, self._progress = paths, sample, probe, progress
+        self.identities: list[dict[str, Any]] = []
+        self.seen: list[dict[str, Any]] = []
+        self.device = ""
+
+    def __iter__(self) -> Iterator[tuple[str, "Subject"]]:
+        """Label and subject of each checkpoint, then of the untrained twins if the probe asks for them."""
+        from ssat_probe.subject import Subject
+
+        untrained: dict[str, Path] = {}
+        for done, path in enumerate(self._paths):
+            self._progress(done, len(self._paths), str(path))
+            subject = Subject.of(path, self._sample, self._probe.split)
+            label = subject.checkpoint.label
+            if label in [entry["checkpoint"] for entry in self.seen]:
+                label = f"{label} ({path})"
+            untrained.setdefault(_twin_label(subject), path)
+            self._remember(subject, label, str(path), subject.checkpoint.recipe.method)
+            yield label, subject
+        if getattr(self._probe, "untrained_twin", False):
+            for label, path in untrained.items():
+                subject = Subject.of(path, self._sample, self._probe.split).untrained()
+                self._remember(subject, label, "", UNTRAINED)
+                yield label, subject
+
+    def _remember(self, subject: "Subject", label: str, path: str, method: str) -> None:
+        checkpoint = subject.checkpoint
+        recipe = checkpoint.recipe
+        self.device = str(subject.device)
+        self.identities.append(
+            {"checkpoint": label, "model": recipe.model, "method": method, "data": recipe.data, "seed": recipe.seed}
+            | {"epoch": checkpoint.epoch}
+        )
+        self.seen.append(
+            {"checkpoint": label, "path": path, "hash": checkpoint.hash, "images": subject.fingerprint}
+            | {"num_images": subject.num_images}
+        )
+
+
+def _twin_label(subject: "Subject") -> str:
+    recipe = subject.checkpoint.recipe
+    patch = "x".join(map(str, recipe.patch_size or ()))
+    return f"{recipe.model}-{recipe.data}-untrained-patch{patch}-seed{recipe.seed}"
+
+
+def _with_identity(table: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
     table = table.copy()
     for place, (name, value) in enumerate(identity.items()):
         table.insert(place, name, value)
     return table
-
-
-def _seen(subject: "Subject", path: Path, label: str) -> dict[str, Any]:
-    """What the record says about a checkpoint and the images it was shown."""
-    return {
-        "checkpoint": label,
-        "path": str(path),
-        "hash": subject.checkpoint.hash,
-        "images": subject.fingerprint,
-        "num_images": subject.num_images,
-    }
 
 
 def _name_of(probe: Probe) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ssat_probe.data import open_dataset
 from ssat_probe.images import Images, Selection, normalise, split
 from ssat_probe.loading import batches
 from ssat_probe.losses import reconstruction_error
-from ssat_probe.network import Encoder
+from ssat_probe.network import Encoder, build_encoder
 from ssat_probe.patches import random_mask
 from ssat_probe.registry import known
 from ssat_probe.sample import Sample
@@ -82,6 +82,16 @@ class Subject:
         decoder = checkpoint.decoder()
         decoder = decoder.to(device, dtype).eval() if decoder is not None else None
         return cls(checkpoint, model, decoder, images, dataset.facts.classes, sample, device, dtype)
+
+    def untrained(self) -> "Subject":
+        """The same network before training, from its recipe's seed, in front of the same images.
+
+        Returns:
+            A subject of epoch 0 without a decoder.
+        """
+        model = build_encoder(self.checkpoint.recipe, self.checkpoint.facts)
+        checkpoint = replace(self.checkpoint, epoch=0, state=model.state_dict())
+        return replace(self, checkpoint=checkpoint, model=model.to(self.device, self.dtype).eval(), decoder=None)
 
     @property
     def num_images(self) -> int:

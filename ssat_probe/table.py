@@ -27,6 +27,46 @@ class Column:
         return f"{text} [{self.unit}]" if self.unit else text
 
 
+def with_spread(column: Column) -> tuple[Column, ...]:
+    """A column with its spread over images.
+
+    Args:
+        column: A mean over images.
+
+    Returns:
+        The column, then ``_sd``, ``_low`` and ``_high``.
+    """
+    name, unit = column.name, column.unit
+    return (
+        column,
+        Column(f"{name}_sd", unit, f"standard deviation of {name} over images"),
+        Column(f"{name}_low", unit, f"lower end of the 95 % bootstrap interval over images of {name}"),
+        Column(f"{name}_high", unit, f"upper end of the 95 % bootstrap interval over images of {name}"),
+    )
+
+
+def with_difference(column: Column) -> tuple[Column, ...]:
+    """Columns for the difference to the first checkpoint.
+
+    Args:
+        column: A mean over images.
+
+    Returns:
+        ``_difference``, ``_difference_low`` and ``_difference_high``.
+    """
+    name, unit = f"{column.name}_difference", column.unit
+    return (
+        Column(
+            name,
+            unit,
+            f"{column.name} of the block minus that of the first checkpoint on the same images, heads "
+            "averaged; empty for the first, and where images or blocks differ",
+        ),
+        Column(f"{name}_low", unit, "lower end of the paired 95 % bootstrap interval over images; empty as above"),
+        Column(f"{name}_high", unit, "upper end of the paired 95 % bootstrap interval over images; empty as above"),
+    )
+
+
 def write_atomically(path: Path, content: bytes | str) -> Path:
     """Write a file so that it is there whole or not at all, whenever the process dies.
 

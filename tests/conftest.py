@@ -45,6 +45,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def fine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As ``checkpoints``, with patches of one pixel: a grid of 8 x 8. Read only."""
+    from ssat_probe.training import train
+
+    folder = tmp_path_factory.mktemp("fine")
+    shared = {"subset": 20, "epochs": 1, "batch_size": 10, "warmup_epochs": 0, "patch_size": (1, 1)}
+    return {method: train(Recipe(method=method, **shared), folder, device="cpu").path for method in METHODS}
+
+
+@pytest.fixture
+def checkpoints_of_probe(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Path]]:
+    """Checkpoints that a probe can measure, by its name."""
+    return lambda name: request.getfixturevalue("fine_checkpoints" if name == "fourier" else "checkpoints")
+
+
+@pytest.fixture(scope="session")
 def make_facts() -> Callable[..., Facts]:
     """Facts of a data set that does not exist, of any size."""
 

@@ -302,9 +302,11 @@ def test_a_yaml_file_gives_options_and_the_command_line_overrides_them(run: Run,
 
 
 @pytest.mark.parametrize("probe", registry.names("probes"))
-def test_a_probe_from_end_to_end(run: Run, checkpoints: Paths, tmp_path: Path, probe: str) -> None:
+def test_a_probe_from_end_to_end(
+    run: Run, checkpoints_of_probe: Callable[[str], Paths], tmp_path: Path, probe: str
+) -> None:
     options = ("--steps", "7") if probe == "hessian" else ()
-    paths = list(checkpoints.values())
+    paths = list(checkpoints_of_probe(probe).values())
     common = ("--num-images", 11, "--batch-size", 4, "--device", "cpu", "--out", "out")
     printed = run(probe, "--ckpt", *paths, *common, *options)
     assert "vit_nano-digits-ssat-seed0" in printed

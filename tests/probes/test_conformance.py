@@ -40,10 +40,20 @@ def subject(path: Path, probe: Probe, batch_size: int = 4) -> Subject:
     return Subject.of(path, sample, probe.split)
 
 
+@pytest.fixture
+def checkpoints(name: str, checkpoints_of_probe: Callable[[str], Paths]) -> Paths:
+    return checkpoints_of_probe(name)
+
+
 @pytest.fixture(scope="module")
-def tables(checkpoints: Paths) -> Callable[[str], pd.DataFrame]:
-    """Table of a probe for the three checkpoints; measured once."""
-    made: dict[str, pd.DataFrame] = {}
+def made() -> dict[str, pd.DataFrame]:
+    """Tables by probe; each is measured once."""
+    return {}
+
+
+@pytest.fixture
+def tables(checkpoints: Paths, made: dict[str, pd.DataFrame]) -> Callable[[str], pd.DataFrame]:
+    """Table of a probe for the three checkpoints."""
 
     def of(name: str) -> pd.DataFrame:
         if name not in made:

@@ -1,0 +1,170 @@
+"""High spatial frequencies of the feature maps over the depth of the network."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ssat_probe.table import Column, with_difference, with_spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch import Tensor
+
+    from ssat_probe.capture import Site
+    from ssat_probe.subject import Subject
+
+_AMPLITUDE = Column("log_amplitude", "ln", "log amplitude from two thirds of the Nyquist frequency on, minus at 0")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """High spatial frequencies of the feature maps over the depth of the network."""
+
+    untrained_twin: bool = False
+    "Also measure the untrained network of the same architecture and seed, as a reference."
+
+    split: ClassVar[str] = "test"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("index", "", "place in the residual stream: 0 for embed, then two per block"),
+        Column("block", "", "transformer block, 0 next to the input; -1 for embed"),
+        Column("site", "", "embed, or after the attention or the mlp of a block"),
+        Column("depth", "", "index / (number of sites - 1): 0 at the input, 1 at the end"),
+        *with_spread(_AMPLITUDE),
+        *with_difference(_AMPLITUDE),
+        *with_spread(Column("energy_share", "", "share of the spatially varying energy there; undefined if constant")),
+        Column("energy_share_noise", "", "energy share of noise without spatial structure, on this grid"),
+        Column(
+            "park_kim", "ln", "last point of the half diagonal minus the first (parity park_kim); undefined if oblong"
+        ),
+        Column("park_kim_frequency", "π", "where that last point lies; their figures say 1; undefined if oblong"),
+        Column("grid", "", "rows x columns of patches"),
+        Column("is_coarse", "", "yes below 14 x 14 patches: few frequencies, compare with care"),
+        Column("undefined", "", "fraction of images whose feature maps are constant up to rounding"),
+        Column("num_images", "", "number of images"),
+    )
+
+    def measure(self, subject: "Subject") -> "DataFrame":
+        """One row per site.
+
+        Args:
+            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``; a grid below 7 x 7 is a
+                ValueError.
+
+        Returns:
+            The columns of this probe.
+        """
+        return self._table(_Seen(subject), None)
+
+    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
+        """As `measure` for each subject, with differences to the first.
+
+        Args:
+            subjects: Labels and subjects.
+
+        Returns:
+            Their tables.
+        """
+        seen = [_Seen(subject) for _, subject in subjects]
+        return [self._table(one, seen[0] if one is not seen[0] else None) for one in seen]
+
+    def _table(self, seen: "_Seen", first: "_Seen | None") -> "DataFrame":
+        from pandas import DataFrame
+
+        from ssat_probe.measures import fourier as measures
+
+        height, width = seen.grid
+        shared: dict[str, Any] = {
+            "energy_share_noise": measures.white_noise_share(height, width),
+            "park_kim_frequency": measures.park_kim_frequency(height) if height == width else float("nan"),
+            "grid": f"{height}x{width}",
+            "is_coarse": "yes" if min(seen.grid) < measures.COARSE_GRID else "no",
+            "num_images": seen.num_images,
+        }
+        paired = first.statistics if first is not None and first.is_comparable(seen) else {}
+        rows = []
+        for site, one in seen.statistics.items():
+            row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name}
+            row |= {"depth": site.index / (len(seen.statistics) - 1), "park_kim": float(one.mean("park_kim")), **shared}
+            row |= {"undefined": 1 - float(one.count("energy_share")) / seen.num_images}
+            row |= one.spread("log_amplitude") | one.spread("energy_share")
+            rows.append(row | one.differences(("log_amplitude",), paired.get(site)))
+        return DataFrame(rows)[[column.name for column in self.columns]]
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Log amplitude and energy share over normalised depth; grey where attention acts.
+
+        Args:
+            table: What `measure` gave, for one or more checkpoints.
+
+        Returns:
+            Two panels.
+        """
+        from ssat_probe import drawing
+
+        lasts = table.groupby("checkpoint")["index"].max()
+        with drawing.style():
+            figure, axes = drawing.panels(1, 2)
+            for ax, name in zip(axes, ("log_amplitude", "energy_share"), strict=True):
+                if lasts.nunique() == 1:
+                    last = int(lasts.iloc[0])
+                    drawing.shade(ax, [(i / last, (i + 1) / last) for i in range(0, last, 2)], "attention step")
+                drawn = drawing.lines_with_band(ax, table, "depth", name)
+                ax.margins(x=0.02)
+            for share in table["energy_share_noise"].unique():
+                axes[1].axhline(share, color="0.5", linewidth=1, label="white noise")
+            drawing.keep_within(axes[1], 0, 1)
+            coarse = table["grid"][table["is_coarse"] == "yes"].unique()
+            note = f"coarse grid: {', '.join(coarse)}" if len(coarse) else ""
+            drawing.label_axes(axes[0], "normalised depth", "Δ log amplitude [ln]", "High frequencies")
+            drawing.label_axes(axes[1], "normalised depth", "share of varying energy", "Energy at high frequencies")
+            drawing.legend_below(figure, "; ".join(part for part in (drawing.band_note(drawn), note) if part))
+        return figure
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """The feature maps before the first and after the last block.
+
+        Args:
+            table: What `measure` gave, for one or more checkpoints.
+
+        Returns:
+            One row per checkpoint and end.
+        """
+        import pandas as pd
+
+        names = ["checkpoint", "block", "site", "log_amplitude", "energy_share", "park_kim", "grid", "is_coarse"]
+        ends = [one.iloc[[0, -1]] for _, one in table.groupby("checkpoint", sort=False)]
+        return pd.concat(ends)[names].reset_index(drop=True)
+
+
+class _Seen:
+    """What one checkpoint gave, by site."""
+
+    def __init__(self, subject: "Subject") -> None:
+        import torch
+
+        from ssat_probe import capture, geometry
+        from ssat_probe.measures import fourier as measures
+        from ssat_probe.measures.bootstrap import ImageStatistics
+
+        self.grid = geometry.grid(subject.model)
+        measures.check_grid(*self.grid)
+        self.statistics = {site: ImageStatistics() for site in capture.sites(subject.model)}
+        self.images = getattr(subject, "fingerprint", "")
+        self.num_images = 0
+        with torch.no_grad():
+            for batch in subject.batches():
+
+                def reduce(site: "Site", tokens: "Tensor", ids: "Tensor" = batch.ids) -> None:
+                    maps = tokens.unflatten(1, self.grid)
+                    found = {"log_amplitude": measures.log_amplitude(maps), "park_kim": measures.park_kim(maps)}
+                    self.statistics[site].add(ids, found | {"energy_share": measures.energy_share(maps)})
+
+                with capture.features(subject.model, reduce):
+                    subject.model(batch.images)
+                self.num_images += len(batch.images)
+
+    def is_comparable(self, other: "_Seen") -> bool:
+        """Whether differences to another checkpoint are paired: the same images, grid and sites."""
+        mine, theirs = (([*one.statistics], one.grid, one.images) for one in (self, other))
+        return mine == theirs
