@@ -143,7 +143,7 @@ def attention(
 
 
 @contextmanager
-def features(model: nn.Module, reduce: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_prefix: bool = False) -> Iterator[None]:
     """Hand the patch tokens of the residual stream at every site to ``reduce`` while the model runs once.
 
     The stream after a block's attention is the input of its ``norm2`` or of its ``mlp``, whichever runs first: the
@@ -152,6 +152,7 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None]) -> Iterat
     Args:
         model: In eval mode.
         reduce: Gets a site and its patch tokens (batch, token, dim), in the order of the forward pass.
+        with_prefix: Class and register tokens too, in front of the patch tokens.
 
     Yields:
         Nothing.
@@ -162,7 +163,7 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None]) -> Iterat
     """
     if model.training:
         raise ValueError("Features must be captured in eval mode, got a model in training mode. Call model.eval().")
-    first = num_prefix_tokens(model)
+    first = 0 if with_prefix else num_prefix_tokens(model)
     counts: Counter[Site] = Counter()
 
     def take(site: Site, tokens: Any) -> None:

@@ -111,11 +111,10 @@ class Probe:
                     drawing.shade(ax, [(i / last, (i + 1) / last) for i in range(0, last, 2)], "attention step")
                 drawn = drawing.lines_with_band(ax, table, "depth", name)
                 ax.margins(x=0.02)
-            for share in table["energy_share_noise"].unique():
-                axes[1].axhline(share, color="0.5", linewidth=1, label="white noise")
             drawing.keep_within(axes[1], 0, 1)
             coarse = table["grid"][table["is_coarse"] == "yes"].unique()
-            note = f"coarse grid: {', '.join(coarse)}" if len(coarse) else ""
+            note = "energy share of white noise: " + ", ".join(f"{x:.2g}" for x in table["energy_share_noise"].unique())
+            note += f"; coarse grid: {', '.join(coarse)}" if len(coarse) else ""
             drawing.label_axes(axes[0], "normalised depth", "Δ log amplitude [ln]", "High frequencies")
             drawing.label_axes(axes[1], "normalised depth", "share of varying energy", "Energy at high frequencies")
             drawing.legend_below(figure, "; ".join(part for part in (drawing.band_note(drawn), note) if part))

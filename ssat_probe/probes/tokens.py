@@ -101,7 +101,7 @@ class Probe:
         titles = {
             "cosine": ("mean cosine of two tokens", "Over-smoothing"),
             "effective_rank_share": ("effective rank / ceiling", "Rank of the tokens"),
-            "residual": ("‖tokens − mean‖ / ‖tokens‖", "Rank-collapse residual"),
+            "residual": ("norm about the mean / norm", "Rank-collapse residual"),
         }
         with drawing.style():
             figure, axes = drawing.panels(1, 3)

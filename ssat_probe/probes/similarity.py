@@ -1,0 +1,270 @@
+"""Similarity of representations (CKA) between the blocks of one or several checkpoints."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ssat_probe.registry import known
+from ssat_probe.table import Column
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch import Tensor, nn
+
+    from ssat_probe.capture import Site
+    from ssat_probe.drawing import Series
+    from ssat_probe.subject import Subject
+
+# Positions of each image that mode "token" looks at; bounds the memory of the Grams. Tuned, no source.
+_MOST_POSITIONS = 8
+
+# Matrices are drawn for the pairs of so many lines; more would not be legible.
+_MOST_MATRICES = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Similarity of representations (CKA) between the blocks of one or several checkpoints."""
+
+    mode: Literal["gap", "cls", "flatten", "token"] = "gap"
+    "Features of an image: mean of its patch tokens, class token, or all patch tokens; token: each patch for itself."
+    group: int = 64
+    "Images compared at a time, at least 4; what is left over is dropped. Few images make one group."
+    untrained_twin: bool = False
+    "Also measure the untrained network of the same architecture and seed, as a reference."
+
+    split: ClassVar[str] = "test"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("block", "", "transformer block whose output is compared, 0 next to the input; -1 before the first"),
+        Column("other", "", "checkpoint compared with, also the same one"),
+        Column("other_block", "", "its block"),
+        Column("cka", "", "centred kernel alignment, unbiased: 1 equal but for rotation; undefined if constant"),
+        Column("cka_shuffled", "", "the same with unrelated images: around 0; undefined if constant"),
+        Column("mode", "", "features of an image: gap, cls, flatten or token"),
+        Column("group", "", "images (tokens in mode token) compared at a time"),
+        Column("num_images", "", "number of images used"),
+    )
+
+    def measure(self, subject: "Subject") -> "DataFrame":
+        """One row per pair of blocks.
+
+        Args:
+            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
+
+        Returns:
+            The columns of this probe; ``other`` is the checkpoint's own label.
+        """
+        return self.between(iter([(subject.checkpoint.label, subject)]))[0]
+
+    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
+        """One row per pair of blocks of every two checkpoints; each passes over the images once.
+
+        Args:
+            subjects: Labels and subjects.
+
+        Returns:
+            A table per subject, with all subjects as ``other``.
+
+        Raises:
+            ValueError: If the checkpoints see different images, or in mode ``token`` have different grids.
+        """
+        seen: dict[str, _Seen] = {}
+        for label, subject in subjects:
+            seen[label] = _Seen(subject, known(self.mode, ("gap", "cls", "flatten", "token"), "modes"), self.group)
+            first = next(iter(seen))
+            if seen[label].images != seen[first].images:
+                raise ValueError(
+                    f"CKA compares the same images, got others for {label} than for {first}. "
+                    "Choose one data set and image size for all with --data, or compare fewer checkpoints."
+                )
+            if self.mode == "token" and seen[label].num_tokens != seen[first].num_tokens:
+                raise ValueError(
+                    f"CKA of mode 'token' needs equal grids, got {seen[label].num_tokens} tokens of {label} and "
+                    f"{seen[first].num_tokens} of {first}. Use mode 'gap'."
+                )
+        return [self._table(one, seen) for one in seen.values()]
+
+    def _table(self, one: "_Seen", seen: "dict[str, _Seen]") -> "DataFrame":
+        from pandas import DataFrame
+
+        from ssat_probe.measures.similarity import cka, shuffled
+
+        rows = []
+        grams = one.grams()
+        for label, other in seen.items():
+            theirs = other.grams()
+            found, reference = cka(grams, theirs), cka(grams, shuffled(theirs))
+            rows += [
+                (block, label, other_block, float(found[i, j]), float(reference[i, j]))
+                for i, block in enumerate(one.blocks)
+                for j, other_block in enumerate(other.blocks)
+            ]
+        table = DataFrame(rows, columns=[column.name for column in self.columns[:5]])
+        return table.assign(mode=self.mode, group=one.group, num_images=one.num_used)
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Matrices of the blocks of every two lines; how each block differs from the first line and from its own end.
+
+        Args:
+            table: What `measure` or `between` gave, for one or more checkpoints.
+
+        Returns:
+            Matrices, one or two panels of lines, and the scale of colours.
+        """
+        from ssat_probe import drawing
+
+        drawn = drawing.series(table)
+        shown = drawn[:_MOST_MATRICES]
+        size = len(shown)
+        own = table[table["checkpoint"] == table["other"]]
+        own = own[own["other_block"] == own.groupby("checkpoint")["other_block"].transform("max")]
+        with drawing.style():
+            width = drawing.COLUMN_WIDTH * 1.7 if size == 1 else drawing.PAGE_WIDTH * (1.15 if size == 3 else 1)
+            figure, axes = drawing.panels(size, size + 1, width=width, height=2.3 if size == 1 else 1.75 * size)
+            matrices = [ax for i, ax in enumerate(axes) if i % (size + 1) < size]
+            aside = axes[size :: size + 1]
+            for place, ax in enumerate(matrices):
+                mesh = _matrix(ax, shown[place // size], shown[place % size])
+            lines = drawing.lines_with_band(aside[0], own, "block", "cka")
+            drawing.label_axes(aside[0], "block", "CKA with own last block", "Depth")
+            for ax in aside[1:]:
+                ax.remove()
+            if size > 1:
+                grid: Any = axes[0].get_subplotspec()
+                ax = figure.add_subplot(grid.get_gridspec()[1:, size])
+                first = _same_block(table, shown[0])
+                drawing.lines_with_band(ax, first, "block", "cka")
+                drawing.label_axes(ax, "block", f"CKA with {_short(shown[0].label)}, same block", "Between")
+            bar = figure.colorbar(mesh, ax=matrices, shrink=0.6, location="left", aspect=30)
+            bar.set_label("CKA")
+            left_out = f"; matrices: the first {size} of {len(drawn)}" if size < len(drawn) else ""
+            note = (drawing.band_note(lines) + left_out).removeprefix("; ")
+            drawing.legend_below(figure, note)
+        return figure
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """Similarity at equal depth and at the end.
+
+        Args:
+            table: What `measure` or `between` gave, for one or more checkpoints.
+
+        Returns:
+            One row per checkpoint and other.
+        """
+        from pandas import DataFrame
+
+        rows = []
+        for (checkpoint, other), one in table.groupby(["checkpoint", "other"], sort=False):
+            same = one[one["block"] == one["other_block"]]
+            last = one[(one["block"] == one["block"].max()) & (one["other_block"] == one["other_block"].max())]
+            rows.append(
+                {
+                    "checkpoint": checkpoint,
+                    "other": other,
+                    "mode": one["mode"].iloc[0],
+                    "CKA of equal blocks": same["cka"].mean(),
+                    "CKA of the last blocks": last["cka"].mean(),
+                    "with unrelated images": one["cka_shuffled"].mean(),
+                }
+            )
+        return DataFrame(rows)
+
+
+class _Seen:
+    """Grams of one checkpoint: by block and group of images."""
+
+    def __init__(self, subject: "Subject", mode: str, group: int) -> None:
+        import torch
+
+        from ssat_probe import capture
+
+        self.images, self.num_tokens = subject.fingerprint, 0
+        self.group = min(group, subject.num_images)
+        self.num_used = subject.num_images // self.group * self.group
+        sites = [site for site in capture.sites(subject.model) if site.name != "attention"]
+        self.blocks = [site.block for site in sites]
+        self._mode = mode
+        self._grams: dict[int, list[Tensor]] = {block: [] for block in self.blocks}
+        self._waiting: dict[int, list[Tensor]] = {block: [] for block in self.blocks}
+        self._prefix = _prefix(subject.model, mode)
+        with torch.no_grad():
+            for batch in subject.batches():
+                with capture.features(subject.model, self._take, with_prefix=True):
+                    subject.model(batch.images)
+
+    def grams(self) -> "Tensor":
+        """(layer, group, image, image)."""
+        import torch
+
+        return torch.stack([torch.stack(self._grams[block]) for block in self.blocks])
+
+    def _take(self, site: "Site", tokens: "Tensor") -> None:
+        """Keep features until a group is full, then its Gram alone."""
+        import torch
+
+        if site.name == "attention":
+            return
+        patches = tokens[:, self._prefix :]
+        self.num_tokens = patches.shape[1]
+        found = tokens[:, 0] if self._mode == "cls" else patches.mean(1) if self._mode == "gap" else patches.flatten(1)
+        self._waiting[site.block] += [*found.cpu().double()]
+        while len(self._waiting[site.block]) >= self.group:
+            features = torch.stack(self._waiting[site.block][: self.group])
+            del self._waiting[site.block][: self.group]
+            self._grams[site.block] += self._of_group(features)
+
+    def _of_group(self, features: "Tensor") -> "list[Tensor]":
+        """Grams of a full group: one, or in mode ``token`` one per shift, which pairs every image with a position."""
+        import torch
+
+        from ssat_probe.measures.similarity import centred_gram
+
+        if self._mode != "token":
+            return [centred_gram(features)]
+        images = torch.arange(len(features))
+        tokens = features.unflatten(1, (self.num_tokens, -1))
+        step = -(-self.num_tokens // _MOST_POSITIONS)
+        return [centred_gram(tokens[images, (images + i) % self.num_tokens]) for i in range(0, self.num_tokens, step)]
+
+
+def _prefix(model: "nn.Module", mode: str) -> int:
+    from ssat_probe import capture
+
+    if mode == "cls" and getattr(model, "cls_token", None) is None:
+        raise ValueError(
+            f"Mode 'cls' needs a model with a class token, got a {type(model).__name__} without. Use 'gap'."
+        )
+    return capture.num_prefix_tokens(model)
+
+
+def _same_block(table: "DataFrame", first: "Series") -> "DataFrame":
+    """Rows that compare a block with the same one of the first line, of other checkpoints where it has several."""
+    rows = table[(table["block"] == table["other_block"]) & table["other"].isin(first.table["checkpoint"])]
+    return rows[rows["other"] != rows["checkpoint"]] if first.num_seeds > 1 else rows
+
+
+def _matrix(ax: "Axes", one: "Series", other: "Series") -> "QuadMesh":
+    """Mean CKA over the pairs of checkpoints of two lines, unless these are the same checkpoint."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    rows = one.table[one.table["other"].isin(other.table["checkpoint"])]
+    if one.label == other.label and one.num_seeds > 1 and (rows["other"] != rows["checkpoint"]).any():
+        rows = rows[rows["other"] != rows["checkpoint"]]
+    values = rows.pivot_table(index="block", columns="other_block", values="cka", aggfunc="mean", dropna=False)
+    edges = [np.append(axis[:1].to_numpy() - 0.5, axis.to_numpy() + 0.5) for axis in (values.columns, values.index)]
+    mesh = ax.pcolormesh(*edges, values.to_numpy(dtype=float), cmap="cividis", vmin=0, vmax=1)
+    ax.grid(visible=False)
+    ax.set_aspect("equal")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.set_xlabel(f"block, {_short(other.label)}")
+    ax.set_ylabel(f"block, {_short(one.label)}")
+    return mesh
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 14 else f"…{label[-13:]}"
