@@ -55,7 +55,7 @@ def test_the_record_says_how_the_table_was_made(checkpoints: Paths) -> None:
     )
     assert record == json.loads(json.dumps(record))
     assert record["probe"] == "attention"
-    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 2]}
+    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 2], "untrained_twin": False}
     assert (record["sample"]["num_images"], record["sample"]["split"]) == (13, "test")
     assert [entry["hash"] for entry in record["checkpoints"]] == [load_checkpoint(path).hash for path in paths]
     assert {entry["num_images"] for entry in record["checkpoints"]} == {13}

@@ -1,11 +1,11 @@
 """Entropy and kurtosis of the attention weights, per block and head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ssat_probe.registry import known
-from ssat_probe.table import Column
+from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from ssat_probe.capture import Attention
     from ssat_probe.drawing import Series
+    from ssat_probe.measures.bootstrap import ImageStatistics
     from ssat_probe.subject import Subject
+
+_ENTROPY = Column("entropy_normalised", "", "entropy / log(number of valid keys): 0 one key, 1 uniform")
+_KURTOSIS = Column("kurtosis", "", "excess kurtosis of a row (population moments), mean over defined rows, then images")
 
 # Dots of single heads are drawn for at most this many lines; beyond, they hide the lines.
 _MOST_LINES_WITH_DOTS = 4
@@ -31,6 +35,8 @@ class Probe:
     "Keys that a row spreads over: the patch tokens, renormalised, or all tokens, as the model uses them."
     blocks: tuple[int, ...] = ()
     "Blocks to measure, 0 next to the input; empty means every block."
+    untrained_twin: bool = False
+    "Also measure the untrained network of the same architecture and seed, as a reference."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -38,10 +44,8 @@ class Probe:
         Column("head", "", "attention head within the block; heads have no common order across models"),
         Column("entropy", "nat", "entropy of a row of attention weights, mean over queries, then images"),
         Column("entropy_sd", "nat", "standard deviation of the entropy over images"),
-        Column("entropy_normalised", "", "entropy / log(number of valid keys): 0 one key, 1 uniform"),
-        Column("entropy_normalised_sd", "", "standard deviation of the normalised entropy over images"),
-        Column("kurtosis", "", "excess kurtosis of a row (population moments), mean over defined rows, then images"),
-        Column("kurtosis_sd", "", "standard deviation of the kurtosis over images"),
+        *with_spread(_ENTROPY)[:2],
+        *with_spread(_KURTOSIS)[:2],
         Column("kurtosis_median", "", "excess kurtosis, median over the defined rows of an image, mean over images"),
         Column("kurtosis_normalised", "", "kurtosis between its bounds for that number of keys: 0 lowest, 1 one-hot"),
         Column("kurtosis_normalised_sd", "", "standard deviation of the normalised kurtosis over images"),
@@ -52,6 +56,10 @@ class Probe:
         Column("queries", "", "queries averaged over: patch tokens, class token or all"),
         Column("num_images", "", "number of images"),
         Column("self_check", "", "largest |captured weights @ values - output of the operation| on the first batch"),
+        *with_spread(_ENTROPY)[2:],
+        *with_spread(_KURTOSIS)[2:],
+        *with_difference(_ENTROPY),
+        *with_difference(_KURTOSIS),
     )
 
     def measure(self, subject: "Subject") -> "DataFrame":
@@ -63,34 +71,60 @@ class Probe:
         Returns:
             The columns of this probe.
         """
+        return self._table(self._seen(subject), None)
+
+    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
+        """As `measure` for each subject, with differences to the first.
+
+        Args:
+            subjects: Labels and subjects.
+
+        Returns:
+            Their tables.
+        """
+        seen = [self._seen(subject) for _, subject in subjects]
+        return [self._table(one, seen[0] if one is not seen[0] else None) for one in seen]
+
+    def _seen(self, subject: "Subject") -> "_Seen":
         import torch
-        from pandas import DataFrame
 
         from ssat_probe import capture
+        from ssat_probe.measures.bootstrap import ImageStatistics
 
         model = subject.model
         chosen = _chosen(self.blocks, len(capture.blocks(model)))
         queries = _tokens(model, known(self.queries, ("patch", "cls", "all"), "queries"))
         keys = _tokens(model, known(self.keys, ("patch", "all"), "keys"))
-        running: dict[int, _Running] = {block: _Running() for block in chosen}
-
-        def reduce(seen: "Attention") -> None:
-            running[seen.block].add(_rows(seen, queries, keys))
-
+        running = {block: ImageStatistics() for block in chosen}
         errors: dict[int, float] | None = None
         num_images = 0
         with torch.no_grad():
             for batch in subject.batches():
+
+                def reduce(seen: "Attention", ids: "Tensor" = batch.ids) -> None:
+                    running[seen.block].add(ids, _rows(seen, queries, keys))
+
                 with capture.attention(model, reduce, only=chosen, is_checked=errors is None) as checked:
                     model(batch.images)
                 errors = dict(checked) if errors is None else errors
                 num_images += len(batch.images)
-        rows = [
-            {"block": block, "head": head, **values, "keys": self.keys, "queries": self.queries}
-            | {"num_images": num_images, "self_check": (errors or {})[block]}
-            for block in chosen
-            for head, values in enumerate(running[block].rows())
-        ]
+        return _Seen(running, errors or {}, num_images, getattr(subject, "fingerprint", ""))
+
+    def _table(self, seen: "_Seen", first: "_Seen | None") -> "DataFrame":
+        from pandas import DataFrame
+
+        is_paired = first is not None and first.images == seen.images and first.running.keys() == seen.running.keys()
+        rows = []
+        for block, one in seen.running.items():
+            pair = first.running[block] if first is not None and is_paired else None
+            shared: dict[str, Any] = {
+                "block": block,
+                "keys": self.keys,
+                "queries": self.queries,
+                "num_images": seen.num_images,
+            }
+            shared |= {"self_check": seen.errors[block]} | one.differences(("entropy_normalised", "kurtosis"), pair)
+            rows += [shared | {"head": head} | values for head, values in enumerate(_by_head(one))]
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
@@ -135,30 +169,27 @@ class Probe:
         return table.groupby(["checkpoint", "block"], sort=False)[names].mean().reset_index()
 
 
-class _Running:
-    """Means over images of everything about one block."""
+@dataclass(frozen=True)
+class _Seen:
+    """What one checkpoint gave."""
 
-    _WITH_SD = ("entropy", "entropy_normalised", "kurtosis", "kurtosis_normalised")
+    running: "dict[int, ImageStatistics]"
+    errors: dict[int, float]
+    num_images: int
+    images: str
 
-    def __init__(self) -> None:
-        from ssat_probe.measures.statistics import StreamingMean
 
-        names = (column.name for column in Probe.columns[2:14])
-        self._means = {name: StreamingMean() for name in names if not name.endswith("_sd")}
-
-    def add(self, rows: "dict[str, Tensor]") -> None:
-        """Take in one batch: per name, (batch, head)."""
-        for name, values in rows.items():
-            self._means[name].add(values)
-
-    def rows(self) -> list[dict[str, float]]:
-        """Per head, the mean of each name and the standard deviations."""
-        result: list[dict[str, float]] = []
-        for head in range(len(self._means["entropy"].mean)):
-            values = {name: float(mean.mean[head]) for name, mean in self._means.items()}
-            values |= {f"{name}_sd": float(self._means[name].sd[head]) for name in self._WITH_SD}
-            result.append(values)
-        return result
+def _by_head(one: "ImageStatistics") -> list[dict[str, float]]:
+    """Per head, the mean of each quantity, and the spread of four of them."""
+    spread = ("entropy", "entropy_normalised", "kurtosis", "kurtosis_normalised")
+    plain = ("kurtosis_median", "skew", "undefined", "num_keys")
+    result = []
+    for head in range(len(one.mean("entropy"))):
+        values = {name: float(one.mean(name)[head]) for name in plain}
+        for name in spread:
+            values |= one.spread(name, head)
+        result.append(values)
+    return result
 
 
 def _rows(seen: "Attention", queries: slice, keys: slice) -> "dict[str, Tensor]":

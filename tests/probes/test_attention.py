@@ -27,9 +27,8 @@ class StandIn:
     order: list[int] = field(default_factory=list)
 
     def batches(self) -> Iterator[SimpleNamespace]:
-        images = self.images[self.order] if self.order else self.images
-        for batch in images.split(self.batch_size):
-            yield SimpleNamespace(images=batch)
+        for ids in torch.tensor(self.order or range(len(self.images))).split(self.batch_size):
+            yield SimpleNamespace(images=self.images[ids], ids=ids)
 
 
 def make_model(*, is_fused: bool = True, **options) -> nn.Module:

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy
+
+from ssat_probe import probe
+from ssat_probe.probes.heads import Probe
+from ssat_probe.sample import Sample
+from ssat_probe.subject import Subject
+
+Paths = dict[str, Path]
+SAMPLE = Sample(num_images=7, batch_size=3, device="cpu", dtype="float64")
+
+
+def maps(subject: Subject) -> np.ndarray:
+    """Weights by another way: timm's own unfused attention, read by a hook. (block, image, head, query, key)."""
+    seen: list[torch.Tensor] = []
+    for block in subject.model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():
+        subject.model(torch.cat([batch.images for batch in subject.batches()]))
+    return torch.stack(seen).numpy()
+
+
+def test_every_number_is_what_the_weights_say(checkpoints: Paths) -> None:
+    table = Probe().measure(Subject.of(checkpoints["ssat"], SAMPLE))
+    weights = maps(Subject.of(checkpoints["ssat"], SAMPLE))
+    rows, patches = weights[..., 1:, :], weights[..., 1:, 1:]
+    renormalised = patches / patches.sum(-1, keepdims=True)
+    place = np.stack(np.divmod(np.arange(16), 4), 1) * 2.0
+    distance = np.sqrt(((place[:, None] - place[None]) ** 2).sum(-1))
+    expected = {
+        "mass_to_prefix": rows[..., 0].mean(-1),
+        "mass_prefix_to_prefix": weights[..., 0, 0],
+        "effective_keys": np.exp(entropy(renormalised, axis=-1)).mean(-1),
+        "entropy_all": entropy(rows, axis=-1).mean(-1),
+        "distance": (renormalised * distance).sum(-1).mean(-1),
+        "distance_probing_vits": (patches * distance).sum(-1).mean(-1),
+        "key_entropy": entropy(renormalised.mean(-2), axis=-1),
+        "divergence": entropy(renormalised, renormalised.mean(2, keepdims=True), axis=-1).mean(-1),
+    }
+    for name, values in expected.items():  # (block, image, head)
+        np.testing.assert_allclose(table[name], values.mean(1).ravel(), rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(table["distance_sd"], expected["distance"].std(1, ddof=1).ravel())
+    np.testing.assert_allclose(table["distance_uniform"], distance.mean())
+    parts = table["entropy_groups"] + table["entropy_prefix"] + table["entropy_patch"]
+    np.testing.assert_allclose(parts, table["entropy_all"])
+    assert table["nmi"].between(table["nmi_low"], table["nmi_high"]).all()
+
+
+def test_differences_are_of_blocks_because_heads_have_no_common_order(checkpoints: Paths) -> None:
+    table, _ = probe.measure_all(Probe(), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
+    first, second = (one.groupby("block").mean(numeric_only=True) for _, one in table.groupby("method", sort=False))
+    np.testing.assert_allclose(second["distance_difference"], second["distance"] - first["distance"], atol=1e-12)
+    assert table.groupby(["method", "block"])["distance_difference"].nunique().max() == 1
+    assert first["distance_difference"].isna().all()
+
+
+def test_figure_has_the_uniform_reference(checkpoints: Paths) -> None:
+    table = probe.measure("heads", list(checkpoints.values()), num_images=7, device="cpu", untrained_twin=True)
+    figure = Probe().draw(table)
+    assert len(figure.axes) == 6
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["scratch", "SSL+FT", "SSAT", "untrained", "uniform attention"]
+    assert len(Probe().summary(table)) == 4 * 6
+
+
+def test_capture_is_checked_and_hooks_are_gone_after_a_failure(checkpoints: Paths) -> None:
+    subject = Subject.of(checkpoints["ssat"], SAMPLE)
+    with torch.no_grad():
+        subject.model.blocks[2].attn.qkv.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn: captured weights @ values must equal"):
+        Probe().measure(subject)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
