@@ -5,12 +5,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from ssat_probe.images import Facts
 from ssat_probe.network import resolve
 from ssat_probe.recipe import Recipe
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 METHODS = ("scratch", "ssl_ft", "ssat")
 
