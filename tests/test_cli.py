@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,14 +248,18 @@ def test_help(run: Run, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["attention", "--help"]])
-def test_help_answers_fast(words: list[str]) -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        code = f"from ssat_probe.cli import main; main({words})"
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.2  # 0.6 on a machine with nothing else to do
+def test_help_is_fast_because_it_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"""
+import sys
+from ssat_probe.cli import main
+try:
+    main({words})
+except SystemExit:
+    pass
+print("loaded:", *({{"torch", "timm", "numpy", "pandas", "matplotlib", "scipy", "sklearn"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded:\n")
 
 
 def test_list_names_everything_there_is(run: Run) -> None:
