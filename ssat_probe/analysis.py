@@ -343,9 +343,19 @@ def _gathered(measurement: Measurement, folders: list[Path], out: Path) -> DataF
         "checkpoints": [entry for one in records for entry in one["checkpoints"]],
         "seconds": round(sum(one["seconds"] for one in records), 3),
     }
-    table = pd.concat([read_table(path) for path in paths], ignore_index=True)
+    table = _without_doubles([read_table(path) for path in paths])
     probe.write_results(measurement.probe, table, record, out)
     return table
+
+
+def _without_doubles(tables: list[DataFrame]) -> DataFrame:
+    """Tables of all cells; an untrained twin, which cells of one seed share, stands in it once."""
+    seen: set[str] = set()
+    parts = []
+    for table in tables:
+        parts.append(table[~table["checkpoint"].isin(seen)])
+        seen |= set(table["checkpoint"])
+    return pd.concat(parts, ignore_index=True)
 
 
 def _costs(folders: list[Path]) -> DataFrame:

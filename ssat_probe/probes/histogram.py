@@ -1,0 +1,132 @@
+"""Distribution of the attention weights, per block."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+from ssat_probe.table import Column, with_spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch import Tensor
+
+    from ssat_probe.capture import Attention
+    from ssat_probe.subject import Subject
+
+_SHARE = Column("share", "", "share of the weights in the bin; sums to 1 over the bins of a block")
+
+# Blocks drawn, evenly over the depth; more panels would not be legible.
+_MOST_PANELS = 6
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Distribution of the attention weights, per block."""
+
+    untrained_twin: bool = False
+    "Also measure the untrained network of the same architecture and seed, as a reference."
+
+    split: ClassVar[str] = "test"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("block", "", "transformer block, 0 next to the input"),
+        Column("log_weight", "log10", "middle of the bin of weight x number of keys: 0 is uniform attention"),
+        *with_spread(_SHARE),
+        Column("density", "1/decade", "share / width of the bin"),
+        *with_spread(Column("mass", "", "share of the attention that the weights in the bin hold")),
+        Column("num_images", "", "number of images"),
+    )
+
+    def measure(self, subject: "Subject") -> "DataFrame":
+        """One row per block and bin; queries and keys are patch tokens, rows renormalised over these.
+
+        Args:
+            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
+
+        Returns:
+            The columns of this probe.
+        """
+        import torch
+        from pandas import DataFrame
+
+        from ssat_probe import capture
+        from ssat_probe.measures.bootstrap import ImageStatistics
+        from ssat_probe.measures.heads import log_weights
+        from ssat_probe.measures.histogram import EDGES, histogram
+
+        model = subject.model
+        prefix = capture.num_prefix_tokens(model)
+        running: dict[int, ImageStatistics] = {block: ImageStatistics() for block in range(len(capture.blocks(model)))}
+        num_images = 0
+        with torch.no_grad():
+            for batch in subject.batches():
+
+                def reduce(seen: "Attention", ids: "Tensor" = batch.ids) -> None:
+                    share, mass = histogram(log_weights(seen.rows[:, :, prefix:, prefix:], are_scores=seen.has_scores))
+                    running[seen.block].add(ids, {"share": share, "mass": mass})
+
+                with capture.attention(model, reduce, is_checked=num_images == 0):
+                    model(batch.images)
+                num_images += len(batch.images)
+        rows = []
+        for block, one in running.items():
+            for i, (low, high) in enumerate(pairwise(EDGES)):
+                row = {"block": block, "log_weight": (low + high) / 2, "num_images": num_images}
+                row |= one.spread("share", i) | one.spread("mass", i)
+                rows.append(row | {"density": row["share"] / (high - low)})
+        return DataFrame(rows)[[column.name for column in self.columns]]
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Density of the weights, a panel per block.
+
+        Args:
+            table: What `measure` gave, for one or more checkpoints.
+
+        Returns:
+            Up to six panels, evenly over the depth.
+        """
+        import numpy as np
+
+        from ssat_probe import drawing
+
+        blocks = np.sort(table["block"].unique())
+        blocks = blocks[np.unique(np.linspace(0, len(blocks) - 1, min(_MOST_PANELS, len(blocks))).round().astype(int))]
+        seen = table[table["share"] > 0]["log_weight"]
+        columns = min(3, len(blocks))
+        with drawing.style():
+            figure, axes = drawing.panels(-(-len(blocks) // columns), columns, height=2.1 * -(-len(blocks) // columns))
+            for ax, block in zip(axes, blocks, strict=False):
+                ax.axvline(0, color="0.5", linewidth=1, label="uniform attention")
+                drawn = drawing.lines_with_band(ax, table[table["block"] == block], "log_weight", "density", marker="")
+                ax.set_xlim(seen.min() - 0.25, max(seen.max(), 0) + 0.25)
+                ax.set_ylim(bottom=0)
+                drawing.label_axes(ax, "log10(weight × keys)", "weights per decade", f"Block {block}")
+            for ax in axes[len(blocks) :]:
+                ax.remove()
+            drawing.legend_below(figure, drawing.band_note(drawn))
+        return figure
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """Tails of the distribution.
+
+        Args:
+            table: What `measure` gave, for one or more checkpoints.
+
+        Returns:
+            One row per checkpoint and block.
+        """
+        from pandas import DataFrame
+
+        rows = []
+        for (checkpoint, block), one in table.groupby(["checkpoint", "block"], sort=False):
+            low, high = one["log_weight"] < -1, one["log_weight"] > 1
+            rows.append(
+                {
+                    "checkpoint": checkpoint,
+                    "block": block,
+                    "weights below 1/10 of uniform": one["share"][low].sum(),
+                    "weights above 10 x uniform": one["share"][high].sum(),
+                    "attention these hold": one["mass"][high].sum(),
+                }
+            )
+        return DataFrame(rows)
