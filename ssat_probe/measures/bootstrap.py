@@ -52,6 +52,7 @@ class ImageStatistics:
         self._means: dict[str, StreamingMean] = {}
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
+        self._intervals: dict[str, tuple[Tensor, Tensor]] = {}  # sorting the resamples takes long
 
     def add(self, ids: Int[Tensor, " image"], values: Mapping[str, Tensor]) -> None:
         """Take in one batch.
@@ -61,6 +62,7 @@ class ImageStatistics:
             values: (image, *entry) per name; the same names and entries in every batch.
         """
         counts = resample_counts(ids.cpu(), self._num_resamples)
+        self._intervals.clear()
         for name, value in values.items():
             value = value.detach().to("cpu", torch.float64)
             is_defined = ~value.isnan()
@@ -124,7 +126,9 @@ class ImageStatistics:
         Returns:
             Lower and upper ends; NaN below two images.
         """
-        return _ends(self.replicates(name))
+        if name not in self._intervals:
+            self._intervals[name] = _ends(self.replicates(name))
+        return self._intervals[name]
 
     def difference(self, name: str, other: "ImageStatistics") -> tuple[float, float, float]:
         """Mean difference to another model over the same images, mean over all entries, with its paired 95 % interval.

@@ -84,3 +84,12 @@ def test_counts_have_mean_one_and_belong_to_the_image():
     assert torch.equal(counts[1], resample_counts(torch.tensor([900]))[0])
     assert not torch.equal(counts[0], counts[1])
     assert resample_counts(torch.arange(0)).shape == (0, 1000)
+
+
+def test_an_interval_is_renewed_when_more_images_come(generator):
+    data = values("more", generator)
+    one = streamed(data[:100], 100)
+    before = one.interval("x")
+    one.add(torch.arange(100, IMAGES), {"x": data[100:]})
+    torch.testing.assert_close(one.interval("x"), streamed(data, IMAGES).interval("x"))
+    assert not torch.equal(one.interval("x")[0], before[0])
