@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,94 @@ def shape(path: Path) -> tuple[int, int, int]:
     """
     with _opened(path) as image:
         return image.height, image.width, 1 if image.mode in GREY else 3
+
+
+def listed(root: Path, rows: Iterable[tuple[str, int]], img_size: tuple[int, int], channels: int) -> FileImages:
+    """Images named by a list, in its order.
+
+    Args:
+        root: Folder that the names are relative to.
+        rows: Name and class of each image.
+        img_size: Height and width that every image is scaled and cropped to.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        The images, decoded when read.
+
+    Raises:
+        FileNotFoundError: If some of the files are missing; says how many, and names the first.
+    """
+    rows = list(rows)
+    paths = tuple(root / name for name, _ in rows)
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{root} must hold the {len(paths)} images of its list, got {len(missing)} missing, the first "
+            f"{missing[0]}; unpack them there."
+        )
+    return FileImages(paths, np.array([label for _, label in rows], dtype=np.int64), img_size, channels, root)
+
+
+def by_class(folder: Path, classes: Sequence[str]) -> tuple[tuple[Path, ...], np.ndarray]:
+    """Images of a folder that holds one folder per class, sorted by class and then by path.
+
+    Args:
+        folder: Such as ``train``.
+        classes: Names of the class folders, in the order of their labels.
+
+    Returns:
+        Files; class of each.
+
+    Raises:
+        ValueError: If a class has no images.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        if not found:
+            raise ValueError(
+                f"{folder / name} must hold images ({', '.join(sorted(ENDINGS))}), got none; add some or remove "
+                "the class from every split."
+            )
+        paths += found
+        labels += [label] * len(found)
+    return tuple(paths), np.array(labels, dtype=np.int64)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder, sorted by name, without hidden ones and what archives of other systems leave behind.
+
+    Args:
+        folder: Any that exists.
+
+    Returns:
+        Their paths.
+    """
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+@contextmanager
+def reading(path: Path, content: str) -> Iterator[Path]:
+    """A file that holds what a data set needs, with every failure to read it turned into one sentence.
+
+    Args:
+        path: The file.
+        content: What it must be, such as "the labels of flowers102"; goes into the message.
+
+    Yields:
+        The path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If reading it fails, for whatever reason.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be {content}, got no such file; check --data-dir, or put it there.")
+    try:
+        yield path
+    except Exception as error:  # readers of npz, mat, json and gz raise nearly anything on damaged files
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{path} must be {content}, got {reason!r} on reading it; get the file again.") from error
 
 
 @contextmanager

@@ -54,6 +54,18 @@ class Facts:
         return len(self.classes)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a data set come from, and where they must lie."""
+
+    tree: str = ""
+    "Files and folders below ``--data-dir``, one a line, indented as they lie; empty if nothing is needed on disk."
+    address: str = ""
+    "Page or file on the web; empty where there is none."
+    how: str = ""
+    "How to get the files, in a sentence or two."
+
+
 @runtime_checkable
 class Images(Protocol):
     """Labelled images that are read by their position."""
@@ -78,11 +90,15 @@ class Images(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A data set: its facts and its official splits."""
+    """A data set: its facts, its source and its official splits."""
 
     @property
     def facts(self) -> Facts:
         """What the data set states about itself."""
+
+    @property
+    def source(self) -> Source:
+        """Where its files come from, and where they must lie; needs no files."""
 
     @property
     def official(self) -> tuple[str, ...]:

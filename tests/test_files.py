@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssat_probe.files import FileImages, decoded, shape
+from ssat_probe.files import FileImages, decoded, listed, reading, shape
 
 RNG = np.random.default_rng(0)
 
@@ -144,3 +144,32 @@ def test_a_moved_folder_keeps_its_fingerprint(tmp_path: Path) -> None:
         return FileImages(paths, np.zeros(3), (5, 7), 1, root)
 
     assert made(tmp_path / "here").fingerprint() == made(tmp_path / "there").fingerprint()
+
+
+def test_a_list_of_images_is_read_in_its_order(tmp_path: Path) -> None:
+    for value, name in enumerate(("b.png", "a.png")):
+        Image.fromarray(np.full((3, 5), 10 + value, dtype=np.uint8)).save(tmp_path / name)
+    images = listed(tmp_path, [("a.png", 2), ("b.png", 7)], (3, 5), 1)
+    assert images.labels.tolist() == [2, 7]
+    assert images.read([0, 1])[:, 0, 0, 0].tolist() == [11, 10]
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"must hold the 3 images of its list, got 2 missing, the first {tmp_path}/c")
+    ):
+        listed(tmp_path, [("a.png", 0), ("c.png", 0), ("d.png", 0)], (3, 5), 1)
+
+
+def test_what_cannot_be_read_is_one_sentence_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "labels"
+    with (
+        pytest.raises(FileNotFoundError, match=re.escape(f"{path} must be a list, got no such file; check")),
+        reading(path, "a list"),
+    ):
+        pass
+    path.write_text("a\nb")
+    with (
+        pytest.raises(ValueError, match=re.escape(f"{path} must be a list, got 'KeyError: 'x'' on reading it;")),
+        reading(path, "a list"),
+    ):
+        raise KeyError("x")
+    with reading(path, "a list") as same:
+        assert same.read_text() == "a\nb"

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from ssat_probe import files
-from ssat_probe.images import Facts, Images
+from ssat_probe.images import Facts, Images, Source
 from ssat_probe.registry import known
 
 NUM_SAMPLED = 1000
@@ -29,6 +30,18 @@ class Dataset:
     "Unused: nothing is known about where the images come from."
     img_size: tuple[int, int] | None = None
     "Height and width to scale and crop the images to; none keeps the size that they all share."
+
+    source: ClassVar[Source] = Source(
+        tree="""
+train/
+  <class>/
+    <any name>.jpg (or png, tif, webp, ...)
+    ...
+  ...
+val/ and test/, one of them or both, with the same classes
+""".strip(),
+        how="Your own images. The files of a class may lie in folders of their own.",
+    )
 
     @property
     def official(self) -> tuple[str, ...]:
@@ -78,7 +91,7 @@ class Dataset:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         """Folder of each split."""
-        found = {path.name: path for path in _subfolders(self._root)}
+        found = {path.name: path for path in files.subfolders(self._root)}
         if "train" not in found or not found.keys() & {"test", "val"}:
             raise FileNotFoundError(
                 f"{self.root} must hold the folders train and test (or val), got {', '.join(found) or 'no folders'}; "
@@ -97,14 +110,14 @@ class Dataset:
     @cached_property
     def _classes(self) -> tuple[str, ...]:
         """Names of the class folders, sorted, the same in every split."""
-        classes = tuple(path.name for path in _subfolders(self._folders["train"]))
+        classes = tuple(path.name for path in files.subfolders(self._folders["train"]))
         if len(classes) < 2:
             raise ValueError(
                 f"{self._folders['train']} must hold a folder for each of two or more classes, got {len(classes)}; "
                 "sort the images into them."
             )
         for folder in self._folders.values():
-            here = {path.name for path in _subfolders(folder)}
+            here = {path.name for path in files.subfolders(folder)}
             if differing := sorted(here ^ set(classes)):
                 raise ValueError(
                     f"{folder} must hold the same class folders as train, got a difference in "
@@ -115,7 +128,7 @@ class Dataset:
     @cached_property
     def _listed(self) -> dict[str, tuple[tuple[Path, ...], np.ndarray]]:
         """Files and labels of each split, sorted by class and then by path."""
-        return {split: _listing(folder, self._classes) for split, folder in self._folders.items()}
+        return {split: files.by_class(folder, self._classes) for split, folder in self._folders.items()}
 
     @cached_property
     def _img_size(self) -> tuple[int, int]:
@@ -154,23 +167,3 @@ class Dataset:
             1 / 255
         )  # uniform images: no division by 0
         return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted by name, without hidden ones and what archives of other systems leave behind."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-
-
-def _listing(folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, ...], np.ndarray]:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in files.ENDINGS)
-        if not found:
-            raise ValueError(
-                f"{folder / name} must hold images ({', '.join(sorted(files.ENDINGS))}), got none; add some or remove "
-                "the class from every split."
-            )
-        paths += found
-        labels += [label] * len(found)
-    return tuple(paths), np.array(labels, dtype=np.int64)
