@@ -195,7 +195,7 @@ def reading(path: Path, content: str) -> Iterator[Path]:
         yield path
     except Exception as error:  # readers of npz, mat, json and gz raise nearly anything on damaged files
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path} must be {content}, got {reason!r} on reading it; get the file again.") from error
+        raise ValueError(f"{path} must be {content}, got {reason} on reading it; get the file again.") from error
 
 
 @contextmanager

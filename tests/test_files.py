@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_one_sentence_with_the_reason(tmp_path: Path) -> 
         pass
     path.write_text("a\nb")
     with (
-        pytest.raises(ValueError, match=re.escape(f"{path} must be a list, got 'KeyError: 'x'' on reading it;")),
+        pytest.raises(ValueError, match=re.escape(f"{path} must be a list, got KeyError: 'x' on reading it;")),
         reading(path, "a list"),
     ):
         raise KeyError("x")

