@@ -144,6 +144,20 @@ def report(folder: Path) -> None:
     _say(f"Wrote {write_report(folder)}")
 
 
+@app.command
+def data(name: str, *, data_dir: Path | None = None) -> None:
+    """Describe a data set: layout on disk, source, classes, splits, licence; and check what is there.
+
+    Args:
+        name: Data set; ssat-probe list names them.
+        data_dir: Folder to check.
+    """
+    from ssat_probe.data import description
+
+    for line in description(name, data_dir):
+        _say(line)
+
+
 @app.command(name="list")
 def list_() -> None:
     """List models, data sets, objectives, decoders and probes."""

@@ -139,7 +139,7 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
         # unknown probe, model, data set, method, option
         ("atention --ckpt a.pt", r'Unknown command "atention"\. Did you mean "attention"\? .*'),
         ("train --model vit_tny", r"No 'vit_tny' in models: vit_nano, .*\. Did you mean 'vit_tiny'\?"),
-        ("train --data digts", r"No 'digts' in data: cifar10, digits, .*\. Did you mean 'digits'\?"),
+        ("train --data digts", r"No 'digts' in data: .*cifar10, .*digits, .*\. Did you mean 'digits'\?"),
         ("train --method sat", r'Invalid value "sat" for --method\. Choose from: .*\. Did you mean "ssat"\?'),
         ("train --decoder shalow", r"No 'shalow' in decoders: shallow\. Did you mean 'shallow'\?"),
         ("train --augmentation stong", r'Invalid value "stong" for --augmentation\. .*Did you mean "strong"\?'),
@@ -168,7 +168,7 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
         ("train --mask-ratio 0.01", r"mask_ratio must leave .* of 16, got 0\.01, which leaves no masked one; .*"),
         ("train --decoder-heads 3 --device cpu", r"decoder_width must be a multiple of decoder_heads 3, got 16; .*"),
         # data not on disk
-        ("train --data cifar10 --data-dir no/such", r"no/such/cifar-10-batches-py must hold .*--download.*"),
+        ("train --data cifar10 --data-dir no/such", r"no/such must be the folder of cifar10, got no such folder; .*--download.*"),
         ("train --data folder --data-dir no/such", r".*no/such.*"),
         ("train --data folder", r".*--data-dir.*"),
         ("train --device abacus --epochs 1 --subset 23", r"device must be one that is here, got 'abacus'; use cpu, .*"),
@@ -238,7 +238,7 @@ def test_help(run: Run, words: tuple[str, ...]) -> None:
     printed = run(*words)
     assert printed.startswith("Usage: ")
     if words == ("--help",):
-        for name in ("train", "reproduce", "draw", "report", "list", *registry.names("probes")):
+        for name in ("train", "reproduce", "draw", "report", "data", "list", *registry.names("probes")):
             assert re.search(rf"\b{name}\b +\w", printed), name
     elif words[0] != "train":
         assert all(option in printed for option in ("--ckpt", "--out", "--num-images", "--device", "--data-dir"))
@@ -269,6 +269,15 @@ def test_list_names_everything_there_is(run: Run) -> None:
         for name in registry.names(kind):
             assert f"  {name:<16} {registry.summary(kind, name)}\n" in printed
     assert "vit_nano, vit_tiny, vit_small, vit_base" in printed
+
+
+def test_data_describes_a_set_and_checks_what_is_there(run: Run, refused: Run, tmp_path: Path) -> None:
+    printed = run("data", "digits")
+    assert "Layout: nothing is needed." in printed
+    assert "Check of test: 497 images, read at 8x8; as it should be.\n" in printed
+    sentence = f"{tmp_path / 'train_32x32.mat'} must be the train images of SVHN in format 2 (cropped digits), got no"
+    assert refused("data", "svhn", "--data-dir", tmp_path).startswith(sentence)
+    assert refused("data", "digist").endswith("Did you mean 'digits'?")
 
 
 def test_a_plan_says_what_a_run_costs_and_trains_nothing(run: Run, tmp_path: Path) -> None:

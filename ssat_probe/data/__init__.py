@@ -1,5 +1,7 @@
 """One file per data set, each exporting ``Dataset``."""
 
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from ssat_probe import registry
@@ -21,3 +23,58 @@ def open_dataset(
         The data set, opened lazily.
     """
     return registry.load("data", name).Dataset(root=root, download=download, img_size=tuple(img_size) or None)
+
+
+def description(name: str, root: Path | None = None) -> Iterator[str]:
+    """What a data set is, how it must lie on disk, how to get it; then a check of what is there.
+
+    The check reads every split (counts, files, labels) and decodes its first image; what is wrong is the error of the
+    data set itself, raised after the description.
+
+    Args:
+        name: File name in this folder.
+        root: Where it lies on disk; without it, only embedded sets are checked.
+
+    Yields:
+        Lines to print.
+
+    Raises:
+        FileNotFoundError: If something is missing in ``root``.
+    """
+    dataset = open_dataset(name, root)
+    source, is_checked = dataset.source, root is not None or not dataset.source.tree
+    yield f"{name}: {registry.summary('data', name)}"
+    yield (
+        f"Layout of --data-dir:\n{textwrap.indent(source.tree, '  ')}" if source.tree else "Layout: nothing is needed."
+    )
+    if source.address:
+        yield f"Source: {source.address}"
+    yield f"How to get it: {source.how}"
+    try:
+        yield from _stated(dataset)
+    except FileNotFoundError as error:
+        if root is not None:
+            raise
+        yield str(error)
+        return
+    if not is_checked:
+        yield "Check: none, since no folder was named; add --data-dir."
+        return
+    for split in dataset.official:
+        images = dataset.images(split)
+        shape = "x".join(map(str, images.read([0]).shape[2:]))
+        yield f"Check of {split}: {len(images):,} images, read at {shape}; as it should be."
+
+
+def _stated(dataset: Dataset) -> Iterator[str]:
+    """The facts, a line each."""
+    facts = dataset.facts
+    shown = ", ".join(facts.classes[:5]) + (", ..." if facts.num_classes > 5 else "")
+    colours = "grey" if facts.channels == 1 else "colour"
+    yield f"Classes: {facts.num_classes:,} ({shown})"
+    yield f"Images: {facts.img_size[0]}x{facts.img_size[1]} unless --img-size says otherwise, {colours}"
+    yield f"Mean: {', '.join(map(str, facts.mean))}; standard deviation: {', '.join(map(str, facts.std))}"
+    yield f"Mirrored images: {'keep their class' if facts.flip else 'are never made'}"
+    yield f"Splits: {facts.splits}"
+    yield f"Licence: {facts.licence}"
+    yield f"Citation: {facts.citation}"

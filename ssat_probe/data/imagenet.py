@@ -31,7 +31,8 @@ FACTS = Facts(
 def _read(root: Path, split: str, img_size: tuple[int, int]) -> FileImages:
     folder = root / FOLDERS[split]
     if not folder.is_dir():
-        here = ", ".join(path.name for path in subfolders(root)) or "no folders"
+        found = [path.name for path in subfolders(root)]
+        here = (", ".join(found[:5]) or "no folders") + (", ..." if len(found) > 5 else "")
         raise FileNotFoundError(
             f"{root} must hold the folders train and val of imagenet, got {here}; unpack or rename them so."
         )

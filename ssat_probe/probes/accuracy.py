@@ -1,4 +1,4 @@
-"""Top-1 accuracy, cross-entropy, and reconstruction error under fixed masks."""
+"""Accuracy, AUC, cross-entropy, and reconstruction error under fixed masks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ssat_probe.table import Column
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """Top-1 accuracy, cross-entropy, and reconstruction error under fixed masks."""
+    """Accuracy, AUC, cross-entropy, and reconstruction error under fixed masks."""
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -24,6 +25,16 @@ class Probe:
         Column("cross_entropy", "nat", "mean over images, without label smoothing"),
         Column("reconstruction", "normalised pixel²", "mean square over hidden patches; empty without a decoder"),
         Column("num_images", "", "images looked at"),
+        Column(
+            "balanced_accuracy",
+            "",
+            "mean over classes of the share of their images that is right; empty if one has none",
+        ),
+        Column(
+            "auc",
+            "",
+            "area under the ROC curve of a class against the others, mean over classes; empty if one has no image",
+        ),
     )
 
     def measure(self, subject: "Subject") -> "DataFrame":
@@ -41,17 +52,23 @@ class Probe:
         from scipy.stats import binomtest
 
         subject.require_classes()
-        correct, loss, error = 0, 0.0, 0.0 if subject.decoder is not None else float("nan")
+        loss, error = 0.0, 0.0 if subject.decoder is not None else float("nan")
+        labels, probabilities = [], []
         with torch.no_grad():
             for batch in subject.batches():
-                logits = subject.model(batch.images)
-                correct += int((logits.argmax(dim=1) == batch.labels).sum())
-                loss += float(F.cross_entropy(logits.double(), batch.labels, reduction="sum"))
+                logits = subject.model(batch.images).double()
+                loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+                labels.append(batch.labels.cpu())
+                probabilities.append(logits.softmax(dim=1).cpu())
                 if subject.decoder is not None:
                     error += float(subject.reconstruction_errors(batch).double().sum())
-        num = subject.num_images
+        truth, given = torch.cat(labels).numpy(), torch.cat(probabilities).numpy()
+        num, correct = len(truth), int((given.argmax(axis=1) == truth).sum())
         interval = binomtest(correct, num).proportion_ci(method="wilson")
-        values = (correct / num, float(interval.low), float(interval.high), loss / num, error / num, num)
+        values = (
+            *(correct / num, float(interval.low), float(interval.high), loss / num, error / num, num),
+            *by_class(truth, given),
+        )
         return DataFrame([dict(zip((column.name for column in self.columns), values, strict=True))])
 
     def draw(self, table: "DataFrame") -> "Figure":
@@ -84,3 +101,26 @@ class Probe:
             One row per checkpoint.
         """
         return table[["checkpoint", *(column.name for column in self.columns)]]
+
+
+def by_class(labels: "np.ndarray", probabilities: "np.ndarray") -> tuple[float, float]:
+    """Balanced accuracy, and area under the ROC curve of each class against the others, both means over the classes.
+
+    Unlike accuracy, neither rewards a model for preferring the common classes.
+
+    Args:
+        labels: Class of each image.
+        probabilities: Image by class.
+
+    Returns:
+        Both in [0, 1]; chance is 1 over the number of classes, and 0.5. NaN if a class has no image, or all of them.
+    """
+    import numpy as np
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    is_class = labels[:, None] == np.arange(probabilities.shape[1])
+    counts = is_class.sum(axis=0)
+    if counts.min() == 0 or counts.max() == len(labels):
+        return float("nan"), float("nan")
+    balanced = balanced_accuracy_score(labels, probabilities.argmax(axis=1))
+    return float(balanced), float(roc_auc_score(is_class, probabilities, average="macro"))

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import recall_score, roc_auc_score
 
-from ssat_probe.probes.accuracy import Probe
+from ssat_probe.probes.accuracy import Probe, by_class
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 
@@ -57,10 +58,47 @@ def test_a_model_that_knows_the_class_is_always_right(checkpoints: Paths) -> Non
     row = Probe().measure(one).iloc[0]
     assert (row["accuracy"], row["accuracy_high"]) == (1, 1)
     assert row["cross_entropy"] == pytest.approx(9 * np.exp(-50), rel=1e-6)
+    assert (row["balanced_accuracy"], row["auc"]) == (1, 1)
+
+
+def test_classes_count_alike_however_many_images_they_have() -> None:
+    labels = np.array([0] * 8 + [1] * 2)
+    always_zero = np.tile([0.9, 0.1], (10, 1))
+    assert by_class(labels, always_zero) == (0.5, 0.5)  # its accuracy is 0.8
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order_mean_over_classes() -> None:
+    """Mann-Whitney: an image of the class above one of another counts 1, a tie 1/2."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(29) % 3
+    scores = generator.integers(1, 6, (29, 3)).astype(float)  # few values: ties
+    probabilities = scores / scores.sum(1, keepdims=True)
+    expected = []
+    for name in range(3):
+        own, other = probabilities[labels == name, name], probabilities[labels != name, name]
+        above, tied = own[:, None] > other[None], own[:, None] == other[None]
+        expected.append((above + tied / 2).mean())
+    assert by_class(labels, probabilities)[1] == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+def test_against_scikit_learn() -> None:
+    generator = np.random.default_rng(1)
+    for num_classes in (2, 5):
+        labels = np.arange(31) % num_classes
+        probabilities = generator.dirichlet(np.ones(num_classes), 31)
+        positive = probabilities[:, 1] if num_classes == 2 else probabilities
+        balanced, auc = by_class(labels, probabilities)
+        assert auc == pytest.approx(roc_auc_score(labels, positive, multi_class="ovr", average="macro"), rel=1e-12)
+        assert balanced == pytest.approx(recall_score(labels, probabilities.argmax(1), average="macro"), rel=1e-12)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1, 0], [2, 2, 2, 2]])
+def test_a_class_without_images_has_no_value(labels: list[int]) -> None:
+    assert np.isnan(by_class(np.array(labels), np.full((4, 3), 1 / 3))).all()
 
 
 def table(reconstruction: tuple[float, ...]) -> pd.DataFrame:
-    values = [(0.8 + 0.01 * i, 0.7, 0.9, 0.5, r, 100) for i, r in enumerate(reconstruction)]
+    values = [(0.8 + 0.01 * i, 0.7, 0.9, 0.5, r, 100, 0.8, 0.9) for i, r in enumerate(reconstruction)]
     made = pd.DataFrame(values, columns=[column.name for column in Probe.columns])
     for place, (name, value) in enumerate({"model": "vit_nano", "method": "ssat", "data": "digits"}.items()):
         made.insert(place, name, value)
