@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ssat_probe.augmentation import augment
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.images import Images, Selection, normalise, split
@@ -103,8 +104,11 @@ class Subject:
         """sha256 of the images looked at."""
         return hashlib.sha256(self.images.fingerprint().encode()).hexdigest()
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self, is_augmented: bool = False) -> Iterator[Batch]:
         """The images, a batch at a time, always in the same order.
+
+        Args:
+            is_augmented: Change each image as in training, at random but always in the same way: by its id alone.
 
         Yields:
             Normalised as the checkpoint's training did.
@@ -112,6 +116,8 @@ class Subject:
         size = self.sample.batch_size
         lists = [range(i, min(i + size, len(self.images))) for i in range(0, len(self.images), size)]
         for pixels, labels, ids in batches(self.images, lists):
+            if is_augmented:
+                pixels = torch.cat([self._augmented(one[None], int(i)) for one, i in zip(pixels, ids, strict=True)])
             images = normalise(pixels.to(self.device), self.checkpoint.facts, self.dtype)
             yield Batch(images, labels.to(self.device), ids)
 
@@ -149,11 +155,27 @@ class Subject:
                 "needs no classes (attention, variance)."
             )
 
-    def reconstruction_errors(self, batch: Batch) -> Float[Tensor, " batch"]:
+    def masks(self, batch: Batch) -> Bool[Tensor, "batch token"]:
+        """Masks of the masked pass, each depending on its image alone.
+
+        Args:
+            batch: From ``batches``.
+
+        Returns:
+            True at hidden patches; on the CPU.
+        """
+        seeds = ([self.sample.sample_seed, int(i)] for i in batch.ids)
+        noise = np.stack([np.random.default_rng(seed).random(self.model.num_tokens) for seed in seeds])
+        return random_mask(torch.from_numpy(noise), self.checkpoint.recipe.mask_ratio)
+
+    def reconstruction_errors(
+        self, batch: Batch, mask: Bool[Tensor, "batch token"] | None = None
+    ) -> Float[Tensor, " batch"]:
         """Reconstruction error of each image, under a mask that depends on the image alone.
 
         Args:
             batch: From ``batches``.
+            mask: What ``masks`` gives, where it is kept for many passes.
 
         Returns:
             Mean square over the hidden patches, in normalised pixels squared.
@@ -167,9 +189,7 @@ class Subject:
                 f"{self.checkpoint.path} must hold a decoder for the reconstruction error, got none; "
                 "use --loss cross_entropy, or a checkpoint of ssat or ssl_ft."
             )
-        seeds = ([self.sample.sample_seed, int(i)] for i in batch.ids)
-        noise = np.stack([np.random.default_rng(seed).random(self.model.num_tokens) for seed in seeds])
-        mask = random_mask(torch.from_numpy(noise), recipe.mask_ratio)
+        mask = self.masks(batch) if mask is None else mask
         return reconstruction_error(self.model, self.decoder, batch.images, mask, recipe.patch_size, recipe.norm_pix)
 
     def parameters(self, term: str = "cross_entropy") -> dict[str, nn.Parameter]:
@@ -189,6 +209,12 @@ class Subject:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+
+    def _augmented(self, pixels: Tensor, number: int) -> Tensor:
+        """One image as in training, by its id."""
+        seed = np.random.SeedSequence([self.sample.sample_seed, number]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed >> 1))
+        return augment(pixels, self.checkpoint.recipe.augmentation, self.checkpoint.facts, generator)
 
 
 def device_of(name: str) -> torch.device:

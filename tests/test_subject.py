@@ -226,3 +226,13 @@ def test_images_of_other_classes_are_refused_where_classes_matter(checkpoints: P
     with pytest.raises(ValueError, match=sentence):
         looked_at.loss(next(looked_at.batches()))
     assert looked_at.reconstruction_errors(next(looked_at.batches())).shape == (6,)
+
+
+def test_augmented_batches_depend_on_the_image_alone(checkpoints: dict[str, Path]) -> None:
+    def looked(batch_size: int, is_augmented: bool) -> torch.Tensor:
+        sample = Sample(num_images=7, batch_size=batch_size, device="cpu")
+        batches = Subject.of(checkpoints["ssat"], sample).batches(is_augmented)
+        return torch.cat([batch.images for batch in batches])
+
+    assert torch.equal(looked(2, True), looked(7, True))
+    assert not torch.equal(looked(7, True), looked(7, False))

@@ -24,7 +24,10 @@ from ssat_probe.table import Column
 
 Paths = dict[str, Path]
 PROBES = registry.names("probes")
-QUICK: dict[str, dict[str, Any]] = {"hessian": {"steps": 9}}
+QUICK: dict[str, dict[str, Any]] = {
+    "hessian": {"steps": 9},
+    "landscape": {"points": 3, "num_random": 2, "steps": 4},
+}
 "Options that make a slow probe quick; everything else runs with its defaults."
 NUM_IMAGES = 11
 

@@ -1,0 +1,292 @@
+"""Loss landscape: lines and planes around a checkpoint, terms apart, checked against its Hessian; sharpness."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ssat_probe.registry import known
+from ssat_probe.table import Column
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy import ndarray
+    from pandas import DataFrame
+
+    from ssat_probe.subject import Subject
+
+LOSSES = ("cross_entropy", "reconstruction", "joint")
+DIRECTIONS = ("random", "gradient", "top", "bottom")
+LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
+MOST_RECONSTRUCTIONS = 4  # more panels of a second term would hide the first
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Loss landscape: lines and planes around a checkpoint, terms apart, checked against its Hessian; sharpness."""
+
+    loss: str = "cross_entropy"
+    "Whose parameters move, whose curvature is checked, what scalars are of: cross_entropy, reconstruction or joint."
+    lines: tuple[str, ...] = ("random", "top", "bottom", "gradient")
+    "Directions of lines: random, gradient, top, bottom (eigenvectors of the largest and smallest eigenvalue)."
+    plane: tuple[str, ...] = ("random", "random")
+    "The two directions of the surface; empty means no surface."
+    num_random: int = 4
+    "Random directions followed as lines, and of the average sharpness."
+    normalisation: str = "filter"
+    "Of random directions: filter, layer, park_kim or none."
+    vectors: str = "zero"
+    "Biases and norms in random directions under filter and layer: zero, scale or keep."
+    points: int = 21
+    "Points along each axis, an odd number, so that the centre is one of them."
+    extent: float = 0.5
+    "How far random directions are followed; 1 means as far as the weights are long, filter by filter."
+    distance: float = 0.5
+    "How far gradient and eigenvectors are followed: Euclidean distance in parameter space."
+    radius: float = 0.05
+    "Euclidean radius of the ball of the worst-case sharpness; the default of SAM (Foret et al., 2021)."
+    noise: float = 0.1
+    "Where along random directions, on both sides, the average sharpness is taken."
+    flat_within: float = 0.1
+    "The flat share of the surface is where the loss is at most this much above the centre's."
+    steps: int = 40
+    "Lanczos steps for the eigenvectors."
+    is_augmented: bool = False
+    "Look at images changed as in training, each always in the same way."
+    seed: int = 0
+    "Of random directions and of the Lanczos start."
+    budget_s: float = 600.0
+    "Refuse a grid that would take longer than this per checkpoint, estimated from its first points."
+    keep: Path | None = None
+    "Folder in which unfinished grids are kept, so that the same command goes on with them; empty means none."
+
+    split: ClassVar[str] = "train"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("quantity", "", "what the row holds: centre, a point of a line or surface, a fact of an axis, a scalar"),
+        Column("direction", "", "axis, or both axes of a plane; empty for what has none"),
+        Column("x", "", "coordinate along the (first) axis; empty for what is no point"),
+        Column("y", "", "coordinate along the second axis; empty off planes"),
+        Column("term", "", "loss term: cross_entropy, reconstruction, joint, l2, or accuracy; never summed"),
+        Column("value", "", "the quantity; empty where it is undefined (not a finite loss)"),
+        Column("standard_error", "", "over images; of sharpness_average over directions; empty for others"),
+        Column("unit", "", "of a point's value and standard error; empty for scalars: unit of the term"),
+    )
+
+    def measure(self, subject: "Subject") -> "DataFrame":
+        """Points, facts of the axes with their check against the Hessian, and scalars.
+
+        Args:
+            subject: Model, images and losses.
+
+        Returns:
+            One row per point and term, per fact of an axis, and per scalar; options that cannot be used, a grid over
+            the budget or a loss that needs a decoder that is not there are a ValueError.
+        """
+        from ssat_probe import surroundings
+
+        self._check()
+        options = {name: getattr(self, name) for name in surroundings.Settings.__dataclass_fields__}
+        rows = surroundings.measure(surroundings.Settings(**options), subject)
+        return surroundings.table(rows, [column.name for column in self.columns])
+
+    def _check(self) -> None:
+        from ssat_probe.measures.directions import NORMALISATIONS, VECTORS
+
+        known(self.loss, LOSSES, "losses")
+        known(self.normalisation, NORMALISATIONS, "normalisations")
+        known(self.vectors, VECTORS, "ways to treat vectors")
+        for name in (*self.lines, *self.plane):
+            known(name, DIRECTIONS, "directions")
+        if len(self.plane) not in (0, 2) or (len(set(self.plane)) == 1 and self.plane[0] != "random"):
+            raise ValueError(f"plane must be two different directions or none, got {' '.join(self.plane)!r}.")
+        if self.points < 3 or self.points % 2 == 0:
+            raise ValueError(f"points must be an odd number of at least 3, got {self.points}.")
+        if self.num_random < 1 or self.steps < 2:
+            raise ValueError(
+                f"num_random must be at least 1 and steps at least 2, got {self.num_random} and {self.steps}."
+            )
+        for name in ("extent", "distance", "noise", "budget_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Lines of the terms apart, then a surface per checkpoint (or first seed of a method) on one shared scale.
+
+        Args:
+            table: Of one or more checkpoints.
+
+        Returns:
+            Contours carry their level; dashed is where the quadratic of the Hessian reaches the level in the legend.
+        """
+        from ssat_probe import drawing
+
+        lines = [key for key in _LINES if not _line(table, *key).empty]
+        drawn = drawing.series(table)
+        terms = [term for term in _SURFACES if not _points(table, "surface", term).empty]
+        terms = terms[:1] if len(drawn) > MOST_RECONSTRUCTIONS else terms
+        surfaces = [(term, one) for term in terms for one in drawn if not _points(one.table, "surface", term).empty]
+        num = len(lines) + len(surfaces)
+        rows = -(-num // 3)
+        with drawing.style():
+            figure, axes = drawing.panels(rows, 3, height=2.15 * rows)
+            for ax, key in zip(axes, lines, strict=False):
+                _draw_lines(ax, _line(table, *key), *key)
+            for ax, (term, one) in zip(axes[len(lines) :], surfaces, strict=False):
+                _draw_surface(ax, one, term, _shared_levels(table, term), _quadratic_level(table, term))
+            for ax in axes[num:]:
+                ax.remove()
+            drawing.legend_below(figure, _note(table))
+        return figure
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """One row per checkpoint: loss, sharpness, shape of the surface, and how well the Hessian agrees.
+
+        Args:
+            table: Of one or more checkpoints.
+
+        Returns:
+            Scalars of the loss that was chosen.
+        """
+        import pandas as pd
+
+        rows = []
+        for checkpoint, one in table.groupby("checkpoint", sort=False):
+            facts = one[~one["quantity"].isin(("line", "surface", "centre"))]
+            first = facts.drop_duplicates("quantity").set_index("quantity")
+            centre = one[(one["quantity"] == "centre") & (one["term"] == first["term"].iloc[0])]
+            row: dict[str, Any] = {"checkpoint": checkpoint, str(first["term"].iloc[0]): centre["value"].iloc[0]}
+            row |= {str(name): first["value"][name] for name in first.index if name in _SCALARS}
+            errors = facts.loc[facts["quantity"] == "check_error", "value"]
+            rows.append(row | {"largest check error": errors.max()})
+        return pd.DataFrame(rows)
+
+
+_LINES = (
+    ("random", "cross_entropy"),
+    ("random", "reconstruction"),
+    ("random", "l2"),
+    ("top", "cross_entropy"),
+    ("bottom", "cross_entropy"),
+    ("gradient", "cross_entropy"),
+)
+_SURFACES = ("cross_entropy", "reconstruction")
+_SCALARS = (
+    "sharpness_sam",
+    "sharpness_worst",
+    "sharpness_average",
+    "lowest",
+    "roughness",
+    "convex_share",
+    "flat_share",
+)
+_TITLES = {
+    "random": "random directions",
+    "gradient": "gradient",
+    "top": "eigenvector of λmax",
+    "bottom": "eigenvector of λmin",
+}
+_LABELS = {
+    "cross_entropy": "cross-entropy [nat]",
+    "reconstruction": "reconstruction [pixel²]",
+    "l2": "L2 term [loss]",
+}
+
+
+def _points(table: "DataFrame", quantity: str, term: str) -> "DataFrame":
+    return table[(table["quantity"] == quantity) & (table["term"] == term)]
+
+
+def _line(table: "DataFrame", kind: str, term: str) -> "DataFrame":
+    rows = _points(table, "line", term)
+    return rows[rows["direction"].astype(str).str.startswith(kind)]
+
+
+def _note(table: "DataFrame") -> str:
+    """What bands and dashed curves are."""
+    note = "bands: smallest to largest of directions and seeds; 1 = as long as the weights, filter by filter"
+    loss = table.loc[table["quantity"] == "curvature", "term"].iloc[0]
+    level = _quadratic_level(table, loss)
+    return note if level is None else f"{note}; dashed: quadratic of the Hessian at {level:g}"
+
+
+def _quadratic_level(table: "DataFrame", term: str) -> float | None:
+    """The contour at which quadratic and surface are compared: the first well above all centres."""
+    highest = _points(table, "centre", term)["value"].max()
+    return next((level for level in LEVELS if level > 1.5 * highest), None)
+
+
+def _draw_lines(ax: "Axes", rows: "DataFrame", kind: str, term: str) -> None:
+    """Mean over directions and seeds, and the range of all of them; on a log axis where it spans decades."""
+    from ssat_probe import drawing
+
+    for one in drawing.series(rows):
+        values = one.table.groupby("x")["value"].agg(["mean", "min", "max"])
+        look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
+        ax.fill_between(values.index, values["min"], values["max"], color=one.look.colour, alpha=0.16, linewidth=0)
+        ax.plot(values.index, values["mean"], label=one.label, **look)
+    finite = rows["value"].dropna()
+    if len(finite) and finite.min() > 0 and finite.max() > 30 * finite.min():
+        ax.set_yscale("log")
+    drawing.label_axes(ax, "relative distance" if kind == "random" else "distance", _LABELS[term], _TITLES[kind])
+
+
+def _shared_levels(table: "DataFrame", term: str) -> list[float]:
+    """Contour levels 1, 2, 5, ... that span all surfaces of a term."""
+    values = _points(table, "surface", term)["value"].dropna()
+    low, high = max(values.min(), 1e-5), min(values.max(), 1e6)
+    inside = [level for level in LEVELS if low <= level <= high]
+    below = [level for level in LEVELS if level < low][-1:]
+    above = [level for level in LEVELS if level > high][:1]
+    levels = below + inside + above
+    if len(inside) < 3 and high > low:  # a narrow range needs its own levels
+        import numpy as np
+
+        levels = [float(level) for level in np.linspace(low, high, 8)]
+    return levels if len(levels) > 1 else [low, low + 1e-5]
+
+
+def _draw_surface(ax: "Axes", one: Any, term: str, levels: list[float], level: float | None) -> None:
+    """Labelled contours, the checkpoint at the centre, and the Hessian's quadratic where it is of this term."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    from ssat_probe import drawing
+
+    checkpoint = one.table["checkpoint"].iloc[0]
+    table = one.table[one.table["checkpoint"] == checkpoint]
+    points = _points(table, "surface", term)
+    grid = points.pivot_table(index="y", columns="x", values="value", dropna=False)
+    x, y, z = (np.asarray(part, dtype=float) for part in (grid.columns, grid.index, grid))
+    shown = np.ma.masked_invalid(z)
+    ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
+    lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
+    ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
+    first, _, second = str(points["direction"].iloc[0]).partition(" ")
+    if level is not None:
+        _draw_quadratic(ax, table, term, level, (first, second), (x, y))
+    ax.plot(0, 0, marker="+", color="white", markersize=6)
+    ax.grid(visible=False)
+    title = one.label + (f", seed {table['seed'].iloc[0]}" if one.num_seeds > 1 else "")
+    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
+
+
+def _draw_quadratic(
+    ax: "Axes", table: "DataFrame", term: str, level: float, pair: tuple[str, str], ends: "tuple[ndarray, ndarray]"
+) -> None:
+    """Where centre + slope + curvature / 2 of the plane reaches the level."""
+    import numpy as np
+
+    facts = table[(table["term"] == term) & table["quantity"].isin(("slope", "curvature", "mixed_curvature"))]
+    keys = zip(facts["quantity"], facts["direction"], strict=True)
+    values: dict[tuple[str, str], float] = dict(zip(keys, facts["value"].astype(float), strict=True))
+    first, second = pair
+    mixed = values.get(("mixed_curvature", " ".join(pair)))
+    if mixed is None:
+        return
+    fine = [np.linspace(end[0], end[-1], 201) for end in ends]
+    a, b = np.meshgrid(*fine)
+    model = values["slope", first] * a + values["slope", second] * b
+    model += float(_points(table, "centre", term)["value"].iloc[0])
+    model += values["curvature", first] * a**2 / 2 + values["curvature", second] * b**2 / 2 + mixed * a * b
+    if model.min() < level < model.max():
+        ax.contour(*fine, model, [level], colors="#ffb000", linestyles="dashed", linewidths=0.9)

@@ -1,0 +1,113 @@
+"""Terms of a subject's loss, each by itself, on images that are prepared once and looked at again and again."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float64
+from torch import Tensor
+
+from ssat_probe.subject import Subject
+
+NAMES = ("cross_entropy", "reconstruction", "joint", "l2", "accuracy")
+"Values of a point; after them come the standard errors over images of all but the fourth, in the same order."
+WITH_ERROR = ("cross_entropy", "reconstruction", "joint", "accuracy")
+UNITS = {
+    "cross_entropy": "nat",
+    "reconstruction": "normalised pixel²",
+    "joint": "weighted loss",
+    "l2": "loss",
+    "accuracy": "",
+}
+
+
+class Terms:
+    """Every term of the loss at the parameters' present values; batches and masks are made once.
+
+    A call gives the values of ``NAMES`` and the standard errors of ``WITH_ERROR``; those that need a decoder are NaN
+    where there is none. The joint loss is that of the recipe: λ times cross-entropy plus 1-λ times reconstruction. The
+    L2 term is half the recipe's weight decay times the squared length of the parameters that decay (matrices, not
+    vectors); it is part of no other term.
+    """
+
+    def __init__(self, subject: Subject, parameters: Mapping[str, Tensor], is_augmented: bool = False) -> None:
+        """Prepare the images.
+
+        Args:
+            subject: Model, images and losses.
+            parameters: Those that move, and whose L2 term is taken.
+            is_augmented: Look at images changed as in training, always in the same way.
+        """
+        subject.require_classes()
+        self._subject = subject
+        self._parameters = parameters
+        self._batches = [
+            (batch, subject.masks(batch) if subject.decoder is not None else None)
+            for batch in subject.batches(is_augmented)
+        ]
+        recipe = subject.checkpoint.recipe
+        self._weight, self._decay = recipe.lambda_weight, recipe.weight_decay
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The terms that this subject has."""
+        return NAMES if self._subject.decoder is not None else ("cross_entropy", "l2", "accuracy")
+
+    def __call__(self) -> Float64[np.ndarray, " value"]:
+        """Values at the present parameters.
+
+        Returns:
+            As long as ``NAMES`` and ``WITH_ERROR`` together; sums are float64, so that no batch size enters.
+        """
+        parts: dict[str, list[Tensor]] = {name: [] for name in WITH_ERROR}
+        with torch.no_grad():
+            for batch, mask in self._batches:
+                logits = self._subject.model(batch.images)
+                losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+                parts["cross_entropy"].append(losses)
+                parts["accuracy"].append((logits.argmax(dim=1) == batch.labels).double())
+                errors = torch.full_like(losses, float("nan"))
+                if mask is not None:
+                    errors = self._subject.reconstruction_errors(batch, mask).double()
+                parts["reconstruction"].append(errors)
+                parts["joint"].append(self._weight * losses + (1 - self._weight) * errors)
+        images = {name: torch.cat(values) for name, values in parts.items()}
+        means = {name: float(values.mean()) for name, values in images.items()}
+        is_broken = not np.isfinite(means["cross_entropy"])  # argmax of NaN would still count as an answer
+        means |= {"l2": self._l2()} | ({"accuracy": float("nan")} if is_broken else {})
+        errors_of = [float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in images.values()]
+        by_name = dict(zip(images, errors_of, strict=True))
+        return np.array([*(means[name] for name in NAMES), *(by_name[name] for name in WITH_ERROR)])
+
+    def _l2(self) -> float:
+        squares = [p.detach().double().square().sum() for p in self._parameters.values() if p.ndim > 1]
+        return 0.5 * self._decay * float(torch.stack(squares).sum()) if squares else 0.0
+
+
+def value_of(values: Float64[np.ndarray, "point value"], term: str) -> Float64[np.ndarray, " point"]:
+    """One term of many points.
+
+    Args:
+        values: Rows that ``Terms`` gave.
+        term: Of ``NAMES``.
+
+    Returns:
+        Its column.
+    """
+    return values[:, NAMES.index(term)]
+
+
+def error_of(values: Float64[np.ndarray, "point value"], term: str) -> Float64[np.ndarray, " point"]:
+    """Standard error over images of one term of many points.
+
+    Args:
+        values: Rows that ``Terms`` gave.
+        term: Of ``NAMES``.
+
+    Returns:
+        Its column; NaN for a term that is no mean over images.
+    """
+    if term not in WITH_ERROR:
+        return np.full(len(values), np.nan)
+    return values[:, len(NAMES) + WITH_ERROR.index(term)]
