@@ -41,6 +41,7 @@ def train(
     resume: Annotated[bool, Parameter(negative=("--no-resume",))] = True,
     device: str = "",
     tracker: str = "",
+    snapshots: bool = False,
     plan: bool = False,
 ) -> None:
     """Train a model: from scratch, SSL+FT or SSAT.
@@ -53,6 +54,7 @@ def train(
         resume: Go on with an interrupted run; --no-resume starts it again. A finished one is reused either way.
         device: cpu, or empty for the fastest there is.
         tracker: A tracker of accelerate to log to as well, such as tensorboard.
+        snapshots: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... epochs of each stage.
         plan: Print the budget and stop.
     """
     from ssat_probe import training
@@ -64,7 +66,7 @@ def train(
     with _progress() as progress:
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            progress=progress,
+            snapshots=snapshots, progress=progress,
         )  # fmt: skip
     _say(f"Wrote {checkpoint.path}")
 
@@ -123,12 +125,13 @@ def draw(tables: Annotated[list[Path], Parameter(consume_multiple=(1, None))]) -
     Args:
         tables: Files such as figures/mechanisms/attention.csv.
     """
-    from ssat_probe import drawing, probe
+    from ssat_probe import drawing, probe, relation
     from ssat_probe.table import read_table
 
     for path in tables:
         table = read_table(path)
-        drawing.save(probe.draw(path.stem, table), path.with_suffix(""))
+        draw_one = relation.draw if path.stem in registry.names("relations") else probe.draw
+        drawing.save(draw_one(path.stem, table), path.with_suffix(""))
         _say(f"Wrote {path.with_suffix('.png')} and .pdf")
 
 
@@ -160,8 +163,8 @@ def data(name: str, *, data_dir: Path | None = None) -> None:
 
 @app.command(name="list")
 def list_() -> None:
-    """List models, data sets, objectives, decoders and probes."""
-    for kind in ("models", "data", "objectives", "decoders", "probes"):
+    """List models, data sets, objectives, decoders, probes, and relations between checkpoints."""
+    for kind in ("models", "data", "objectives", "decoders", "probes", "relations"):
         _say(f"{kind}:")
         for name in registry.names(kind):
             _say(f"  {name:<16} {registry.summary(kind, name)}")
@@ -202,6 +205,40 @@ def _probe_command(name: str) -> Callable[..., None]:
 
 for _name in registry.names("probes"):
     app.command(_probe_command(_name), name=_name)
+
+
+def _relation_command(name: str) -> Callable[..., None]:
+    """Command of a relation between checkpoints."""
+    relations = registry.load("relations", name)
+
+    def command(
+        *,
+        ckpt: Checkpoints,
+        relation: Annotated[relations.Relation, Flat] = relations.Relation(),  # type: ignore[name-defined]
+        sample: Annotated[Sample, Flat] = Sample(),
+        out: Path | None = None,
+    ) -> None:
+        from ssat_probe import relation as runner
+        from ssat_probe.probe import folder_name
+
+        out = out or Path("figures") / folder_name(ckpt)
+        table = runner.run(relation, ckpt, sample, out)
+        _print_table(relation.summary(table))
+        _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
+
+    command.__doc__ = f"""{registry.summary("relations", name)}
+
+    Args:
+        ckpt: Checkpoints of one architecture, in order.
+        relation: Options of the relation.
+        sample: Which images.
+        out: Folder for the table, its record and its figure; by default one in figures/ named after the checkpoints.
+    """
+    return command
+
+
+for _name in registry.names("relations"):
+    app.command(_relation_command(_name), name=_name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -132,7 +132,6 @@ def measure_all(
         The table with identity columns in front, and the record as plain data.
     """
     import pandas as pd
-    import torch
 
     started = time.monotonic()
     subjects = _Subjects(paths, sample, probe, progress)
@@ -142,17 +141,35 @@ def measure_all(
         tables = [probe.measure(subject) for _, subject in subjects]
     tables = [_with_identity(table, one) for table, one in zip(tables, subjects.identities, strict=True)]
     progress(len(paths), len(paths), "")
-    record = {
-        "probe": _name_of(probe),
-        "options": _plain(dataclasses.asdict(probe)),  # type: ignore[call-overload]
-        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
-        "checkpoints": subjects.seen,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
-        "device": subjects.device,
-        "threads": torch.get_num_threads(),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started)
     return pd.concat(tables, ignore_index=True), record
+
+
+def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float) -> dict[str, Any]:
+    """How a table was made, as plain data.
+
+    Args:
+        probe: A probe or a relation, with its options.
+        sample: Which images.
+        seen: What was measured, from ``seen_of``.
+        device: Where.
+        seconds: How long it took.
+
+    Returns:
+        For the json beside the table.
+    """
+    import torch
+
+    return {
+        "probe": _name_of(probe),
+        "options": _plain(dataclasses.asdict(probe)),
+        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
+        "checkpoints": seen,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 3),
+    }
 
 
 def run(
@@ -264,10 +281,27 @@ class _Subjects:
             {"checkpoint": label, "model": recipe.model, "method": method, "data": recipe.data, "seed": recipe.seed}
             | {"epoch": checkpoint.epoch}
         )
-        self.seen.append(
-            {"checkpoint": label, "path": path, "hash": checkpoint.hash, "images": subject.fingerprint}
-            | {"num_images": subject.num_images}
-        )
+        self.seen.append(seen_of(subject, path, label))
+
+
+def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:
+    """What a record says about a checkpoint and the images it was shown.
+
+    Args:
+        subject: The checkpoint under the microscope.
+        path: Of its file; empty for one without.
+        label: In the table.
+
+    Returns:
+        Plain data.
+    """
+    return {
+        "checkpoint": label,
+        "path": str(path),
+        "hash": subject.checkpoint.hash,
+        "images": subject.fingerprint,
+        "num_images": subject.num_images,
+    }
 
 
 def _twin_label(subject: "Subject") -> str:
@@ -283,7 +317,7 @@ def _with_identity(table: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
     return table
 
 
-def _name_of(probe: Probe) -> str:
+def _name_of(probe: Any) -> str:
     return type(probe).__module__.rpartition(".")[2]
 
 

@@ -16,7 +16,7 @@ def names(kind: str) -> tuple[str, ...]:
     """Names of everything of one kind, from the files in its folder; imports nothing.
 
     Args:
-        kind: A folder of the package: ``probes``, ``models``, ``decoders``, ``data``, ``objectives``.
+        kind: A folder of the package: ``probes``, ``relations``, ``models``, ``decoders``, ``data``, ``objectives``.
 
     Returns:
         The file names without ending, sorted.

@@ -40,7 +40,8 @@ def write_report(folder: Path | str) -> Path:
         FileNotFoundError: If the folder holds no result of a probe.
     """
     folder = Path(folder)
-    probes = [name for name in registry.names("probes") if (folder / f"{name}.json").is_file()]
+    names = (*registry.names("probes"), *registry.names("relations"))
+    probes = [name for name in names if (folder / f"{name}.json").is_file()]
     if not probes:
         raise FileNotFoundError(
             f"{folder} must hold results of probes, got none; run a probe with --out {folder} first."
@@ -122,9 +123,12 @@ def _compared(folder: Path) -> str:
 
 def _figure(folder: Path, name: str, record: dict[str, Any]) -> str:
     """Figure of a probe, what its columns mean, and how it was measured."""
-    module = registry.load("probes", name)
+    is_probe = name in registry.names("probes")
+    kind = "probes" if is_probe else "relations"
+    module = registry.load(kind, name)
+    columns = (*IDENTITY, *module.Probe.columns) if is_probe else module.Relation.columns
     image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    summary = registry.summary("probes", name)
+    summary = registry.summary(kind, name)
     seen = record["checkpoints"]
     images = sorted({entry["num_images"] for entry in seen})
     how = (
@@ -132,7 +136,7 @@ def _figure(folder: Path, name: str, record: dict[str, Any]) -> str:
         f"{record['sample']['dtype']} on {record['device']}, {record['seconds']:.1f} s in all; "
         f"options {json.dumps(record['options'])}"
     )
-    glossary = [_cells([c.name, c.unit, c.meaning]) for c in (*IDENTITY, *module.Probe.columns)]
+    glossary = [_cells([c.name, c.unit, c.meaning]) for c in columns]
     return (
         f"<h2>{html.escape(name.capitalize())}</h2><p>{html.escape(summary)}</p>"
         f"<img alt='{html.escape(summary)}' src='data:image/png;base64,{image}'>"

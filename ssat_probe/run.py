@@ -130,6 +130,67 @@ def write_checkpoint(run: Run, state: State, stage: str, path: Path) -> Checkpoi
     return checkpoint
 
 
+def snapshot_epochs(num_epochs: int) -> list[int]:
+    """Epochs after which a snapshot is kept: powers of √2, so that the beginning, where most happens, has most.
+
+    Args:
+        num_epochs: Of the stage.
+
+    Returns:
+        0, 1, 2, 3, 4, 6, 8, 11, 16, ..., and the last one.
+    """
+    powers = (round(2 ** (k / 2)) for k in range(64))
+    return sorted({0, num_epochs, *(epoch for epoch in powers if epoch <= num_epochs)})
+
+
+def write_snapshot(run: Run, stage: str, epoch: int) -> None:
+    """Write the weights as they are as a checkpoint of its own, from the main process.
+
+    Args:
+        run: Whose weights.
+        stage: That is going on.
+        epoch: Epochs of it that are finished.
+    """
+    if run.accelerator.is_main_process:
+        weights = state_of(run.encoder, run.decoder)
+        path = snapshot_path(run.folder, stage, epoch)
+        save_checkpoint(Checkpoint(path, run.recipe, run.facts, stage, epoch, weights))
+
+
+def snapshot_path(folder: Path, stage: str, epoch: int) -> Path:
+    """Where a snapshot lies; the names of a stage sort by epoch.
+
+    Args:
+        folder: Of the run.
+        stage: Of the training.
+        epoch: Finished epochs of that stage.
+
+    Returns:
+        The path.
+    """
+    return folder / "snapshots" / f"{stage}-{epoch:05d}.pt"
+
+
+def refuse_without_snapshots(recipe: Recipe, folder: Path) -> None:
+    """Say so where a finished run was asked for snapshots that it did not keep.
+
+    Args:
+        recipe: Of the run.
+        folder: Of the run.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    for stage, num_epochs in recipe.stage_epochs.items():
+        for epoch in snapshot_epochs(num_epochs):
+            path = snapshot_path(folder, stage, epoch)
+            if not path.is_file():
+                raise ValueError(
+                    f"{path} must be there for --snapshots, got a finished run that did not keep it; "
+                    "choose another folder with --out, or remove the run that is there."
+                )
+
+
 def write_log(run: Run, state: State) -> None:
     """Write ``log.csv``, a row per finished epoch, and ``cost.json``, seconds and images per stage.
 

@@ -27,7 +27,17 @@ from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.losses import Losses
 from ssat_probe.network import build_decoder, build_encoder, resolve
 from ssat_probe.recipe import Recipe
-from ssat_probe.run import Run, State, load_state, refuse_other, save_state, write_checkpoint
+from ssat_probe.run import (
+    Run,
+    State,
+    load_state,
+    refuse_other,
+    refuse_without_snapshots,
+    save_state,
+    snapshot_epochs,
+    write_checkpoint,
+    write_snapshot,
+)
 from ssat_probe.schedule import learning_rate
 from ssat_probe.table import write_atomically
 
@@ -49,6 +59,7 @@ def train(
     tracker: str | None = None,
     workers: int = 2,
     save_every_s: float = 10.0,
+    snapshots: bool = False,
     progress: Progress = lambda done, total, text: None,
 ) -> Checkpoint:
     """Train a recipe in ``out/<name of the run>``; what is complete is reused, what was interrupted goes on.
@@ -66,6 +77,7 @@ def train(
         tracker: A tracker of accelerate to log to as well: ``tensorboard``, ``wandb``, ...
         workers: Processes that decode images, where images are files.
         save_every_s: Seconds between two saves of the training state.
+        snapshots: Keep checkpoints along the run as well, ``snapshots/<stage>-<epoch>.pt``, closest at its beginning.
         progress: Called after each step.
 
     Returns:
@@ -82,6 +94,8 @@ def train(
     if path.exists():
         checkpoint = load_checkpoint(path)
         refuse_other(checkpoint.recipe, recipe, path)
+        if snapshots:
+            refuse_without_snapshots(recipe, folder)
         return checkpoint
     run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
                                          split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
@@ -98,6 +112,8 @@ def train(
         before = sum(epochs for _, epochs in stages[: state.stage])
         objective, optimiser = _stage(run, stage, saved_optimiser)
         saved_optimiser = None
+        if snapshots and state.epoch == state.step == 0:
+            write_snapshot(run, stage, 0)
         while state.epoch < num_epochs:
             started = time.monotonic()
             for loaded in _epoch_batches(run, before + state.epoch, state):
@@ -120,6 +136,8 @@ def train(
             # Not `rate`: a run that resumes after the last step of an epoch has no step left in it.
             last = learning_rate(recipe, state.epoch + (per_epoch - 1) / per_epoch, num_epochs)
             _finish_epoch(run, state, stage, last)
+            if snapshots and state.epoch in snapshot_epochs(num_epochs):
+                write_snapshot(run, stage, state.epoch)
         if len(stages) > 1 and state.stage == 0:
             write_checkpoint(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0

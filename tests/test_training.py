@@ -475,3 +475,24 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tracker must be one that is installed here, got 'clearml'; install it"):
         train(tiny(), tmp_path, device="cpu", tracker="clearml")
+
+
+def test_snapshots_change_nothing_and_survive_a_stop(tmp_path: Path) -> None:
+    recipe = tiny("ssl_ft", epochs=3)
+    plain = train(recipe, tmp_path / "plain", device="cpu")
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "kept", device="cpu", snapshots=True, save_every_s=0, progress=stop_after(15))
+    kept = train(recipe, tmp_path / "kept", device="cpu", snapshots=True)
+    assert_same_run(plain, kept)
+    assert train(recipe, tmp_path / "kept", device="cpu", snapshots=True).hash == kept.hash
+    found = sorted((kept.path.parent / "snapshots").iterdir())
+    stages = [(stage, epoch) for stage in ("finetune", "pretrain") for epoch in range(4)]
+    assert [path.name for path in found] == [f"{stage}-{epoch:05d}.pt" for stage, epoch in stages]
+    loaded = [load_checkpoint(path) for path in found]
+    assert [(one.stage, one.epoch) for one in loaded] == stages
+    assert all(torch.equal(value, loaded[3].state[name]) for name, value in kept.state.items())
+    assert any(not torch.equal(value, loaded[2].state[name]) for name, value in kept.state.items())
+    for name, value in loaded[7].state.items():  # fine-tuning begins where pre-training ended
+        assert torch.equal(value, loaded[0].state[name])
+    with pytest.raises(ValueError, match=r"snapshots/pretrain-00000\.pt must be there for --snapshots, got a finished"):
+        train(recipe, tmp_path / "plain", device="cpu", snapshots=True)

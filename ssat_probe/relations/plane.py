@@ -1,0 +1,165 @@
+"""Loss on a plane through checkpoints: through three, or through the principal components of a trajectory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ssat_probe.table import Column
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from ssat_probe.subject import Subject
+
+LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Loss on a plane through checkpoints: through three, or through the principal components of a trajectory."""
+
+    points: int = 21
+    "Points along each axis."
+    margin: float = 0.25
+    "How far the picture reaches beyond the checkpoints, as a share of their span."
+
+    split: ClassVar[str] = "train"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("quantity", "", "surface, checkpoint (its own loss), projection (the plane's loss there), or a fact"),
+        Column("checkpoint", "", "name of the checkpoint; empty for the surface"),
+        Column("label", "", "the same in few words"),
+        Column("run", "", "run that the checkpoint is of"),
+        Column("x", "", "Euclidean coordinate; empty for facts"),
+        Column("y", "", "Euclidean coordinate; empty for facts"),
+        Column("term", "", "loss term or accuracy; empty for facts"),
+        Column(
+            "value",
+            "",
+            "the quantity; explained_x and _y: share of the squared distances; residual: distance off the plane",
+        ),
+        Column("standard_error", "", "over images; empty for what is no mean over images"),
+        Column("unit", "", "of value and standard error"),
+    )
+
+    def measure(self, subjects: "Sequence[Subject]", labels: Sequence[str]) -> "DataFrame":
+        """Surface on the plane, and the checkpoints beside what the plane says of them.
+
+        Args:
+            subjects: Three, which lie on the plane; or more, which are projected on that of their principal components.
+            labels: Their names.
+
+        Returns:
+            One row per point and term, and facts of the plane.
+
+        Raises:
+            ValueError: If an option is out of range; checkpoints of different architectures or on a line too.
+        """
+        import numpy as np
+        from pandas import DataFrame
+
+        from ssat_probe.between import Together, short_labels
+        from ssat_probe.measures.paths import plane_of_three, principal_plane
+
+        if self.points < 3 or not 0 <= self.margin < float("inf"):
+            raise ValueError(f"points must be at least 3 and margin at least 0, got {self.points} and {self.margin}.")
+        together = Together.of(subjects, 3)
+        plane = plane_of_three(together.anchors) if len(subjects) == 3 else principal_plane(together.anchors)
+        low, high = plane.coordinates.min(axis=0), plane.coordinates.max(axis=0)
+        reach = self.margin * (high - low).max()
+        xs, ys = (np.linspace(low[axis] - reach, high[axis] + reach, self.points) for axis in (0, 1))
+        grid = [{"quantity": "surface", "x": x, "y": y} for y in ys for x in xs]
+        runs = [one.checkpoint.recipe.name for one in subjects]
+        named = [
+            {"checkpoint": label, "label": short, "run": run, "x": x, "y": y}
+            for label, short, run, (x, y) in zip(
+                labels, short_labels(subjects, labels), runs, plane.coordinates, strict=True
+            )
+        ]
+        rows = together.rows(grid, together.values(np.array([plane.weights(one["x"], one["y"]) for one in grid])))
+        own = together.values(np.eye(len(subjects)))
+        rows += together.rows([one | {"quantity": "checkpoint"} for one in named], own)
+        projected = together.values(np.array([plane.weights(one["x"], one["y"]) for one in named]))
+        rows += together.rows([one | {"quantity": "projection"} for one in named], projected)
+        rows += [one | {"quantity": "residual", "value": r} for one, r in zip(named, plane.residuals, strict=True)]
+        rows += [
+            {"quantity": f"explained_{axis}", "value": share} for axis, share in zip("xy", plane.explained, strict=True)
+        ]
+        table = DataFrame(rows, columns=[column.name for column in self.columns])
+        texts = ["checkpoint", "label", "run", "term", "unit"]
+        return table.astype({name: object for name in texts}).fillna(dict.fromkeys(texts, ""))
+
+    def draw(self, table: "DataFrame") -> "Figure":
+        """Labelled contours of each term with all checkpoints marked; those of one run joined in their order.
+
+        Args:
+            table: What `measure` gave.
+
+        Returns:
+            One or two panels.
+        """
+        from ssat_probe import drawing
+
+        labels = {"cross_entropy": "cross-entropy [nat]", "reconstruction": "reconstruction [pixel²]"}
+        terms = [term for term in labels if ((table["quantity"] == "surface") & (table["term"] == term)).any()]
+        with drawing.style():
+            figure, axes = drawing.panels(1, len(terms), height=3.1, width=drawing.PAGE_WIDTH)
+            for ax, term in zip(axes, terms, strict=True):
+                self._draw_term(ax, table, term, labels[term])
+            residuals = table.loc[table["quantity"] == "residual", "value"]
+            shares = [float(table.loc[table["quantity"] == f"explained_{axis}", "value"].iloc[0]) for axis in "xy"]
+            note = f"axes hold {shares[0]:.0%} and {shares[1]:.0%} of the squared distances; " + (
+                f"off the plane by up to {residuals.max():.3g}" if residuals.max() > 1e-6 else "all points on the plane"
+            )
+            drawing.legend_below(figure, note)
+        return figure
+
+    def _draw_term(self, ax: "Axes", table: "DataFrame", term: str, label: str) -> None:
+        import numpy as np
+        from matplotlib.colors import LogNorm
+
+        from ssat_probe import drawing
+
+        points = table[(table["quantity"] == "surface") & (table["term"] == term)]
+        grid = points.pivot_table(index="y", columns="x", values="value", dropna=False)
+        x, y, z = (np.asarray(part, dtype=float) for part in (grid.columns, grid.index, grid))
+        shown = np.ma.masked_invalid(z)
+        low, high = max(float(shown.min()), 1e-5), max(float(shown.max()), 2e-5)
+        levels = [level for level in LEVELS if low / 2.5 <= level <= high * 2.5]
+        if sum(low < level < high for level in levels) < 3:
+            levels = [float(level) for level in np.linspace(low, high + 1e-9, 8)]
+        ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
+        lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
+        ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
+        marked = table[(table["quantity"] == "checkpoint") & (table["term"] == term)]
+        for number, (_, run) in enumerate(marked.groupby("run", sort=False)):
+            first, *_, last = run["label"].tolist() * 2
+            text = first if len(run) == 1 else f"{first} to {last}"
+            marker = "o^sDvP<X>"[number % 9]
+            look: Any = {"marker": marker, "markeredgecolor": "black", "markersize": 4.5, "linewidth": 0.8}
+            ax.plot(run["x"], run["y"], color=_COLOURS[number % len(_COLOURS)], label=text, **look)
+        ax.grid(visible=False)
+        drawing.label_axes(ax, "distance", "distance", label)
+
+    def summary(self, table: "DataFrame") -> "DataFrame":
+        """Own loss of each checkpoint, the plane's where it is projected, and its distance from the plane.
+
+        Args:
+            table: What `measure` gave.
+
+        Returns:
+            One row per checkpoint.
+        """
+        from pandas import DataFrame
+
+        rows = []
+        for checkpoint, one in table[table["checkpoint"] != ""].groupby("checkpoint", sort=False):
+            loss = one[one["term"] == "cross_entropy"].set_index("quantity")["value"]
+            residual = one.loc[one["quantity"] == "residual", "value"].iloc[0]
+            values = {"cross-entropy": loss["checkpoint"], "on the plane": loss["projection"], "off-plane": residual}
+            rows.append({"checkpoint": checkpoint} | values)
+        return DataFrame(rows)
+
+
+_COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#56B4E9")
