@@ -5,10 +5,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n 2 \
 	--jaxtyping-packages=ssat_probe.measures,ssat_probe.models,ssat_probe.decoders,ssat_probe.objectives,ssat_probe.patches,ssat_probe.losses,beartype.beartype
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-slow format wheel clean
+.PHONY: help reproduce test test-slow benchmark-landscape format wheel clean
 
 help: ## print this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
 
 reproduce: .venv/installed ## train, probe and compare: figures/mechanisms/report.html
 	$(BIN)/ssat-probe reproduce
@@ -26,6 +26,9 @@ test-slow: .venv/installed-test ## the tests that take minutes
 format: .venv/installed-test ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+benchmark-landscape: .venv/installed ## time per point of a loss surface, against a plain loop
+	$(BIN)/python analyses/benchmarks/landscape.py
 
 wheel: .venv/installed-test ## build dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -321,8 +321,7 @@ def _measurement(name: str, values: dict[str, Any], is_smoke: bool) -> Measureme
     sample = {key: value for key, value in values.items() if key in sample_fields}
     if is_smoke:
         sample["num_images"] = 10
-        if "steps" in options:
-            options["steps"] = 4
+        options |= {name: least for name, least in (("steps", 4), ("points", 3)) if name in options}
     return Measurement(name, probe.make(name, **options), Sample(**sample))
 
 

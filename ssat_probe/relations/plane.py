@@ -138,7 +138,8 @@ class Relation:
             text = first if len(run) == 1 else f"{first} to {last}"
             marker = "o^sDvP<X>"[number % 9]
             look: Any = {"marker": marker, "markeredgecolor": "black", "markersize": 4.5, "linewidth": 0.8}
-            ax.plot(run["x"], run["y"], color=_COLOURS[number % len(_COLOURS)], label=text, **look)
+            colour = _COLOURS[number % len(_COLOURS)]
+            ax.plot(run["x"], run["y"], color="white", markerfacecolor=colour, label=text, **look)
         ax.grid(visible=False)
         drawing.label_axes(ax, "distance", "distance", label)
 
