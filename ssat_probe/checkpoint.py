@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssat_probe.archive import check_declared_size
 from ssat_probe.images import Facts
 from ssat_probe.network import build_decoder, build_encoder
 from ssat_probe.recipe import Recipe
@@ -54,12 +56,7 @@ class Checkpoint:
     @cached_property
     def hash(self) -> str:
         """sha256 over recipe, names, shapes, dtypes and values; the same wherever the file lies."""
-        digest = hashlib.sha256(json.dumps([self.recipe.as_dict(), self.stage, self.epoch], sort_keys=True).encode())
-        for name in sorted(self.state):
-            value = self.state[name].detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of([self.recipe.as_dict(), self.stage, self.epoch], self.state)
 
     def encoder(self) -> nn.Module:
         """Encoder with its head and the stored weights, in training mode.
@@ -98,6 +95,24 @@ class Checkpoint:
                 )
         module.load_state_dict(weights)
         return module
+
+
+def hash_of(facts: Any, state: Mapping[str, Tensor]) -> str:
+    """sha256 of plain data and of the names, shapes, dtypes and values of tensors.
+
+    Args:
+        facts: Anything that JSON takes.
+        state: Tensors by name; their order does not matter.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def state_of(encoder: nn.Module, decoder: nn.Module | None) -> dict[str, Tensor]:
@@ -149,14 +164,26 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         path: A file that ``save_checkpoint`` wrote.
 
     Returns:
+        The checkpoint; what ``checkpoint_of`` refuses is a ValueError.
+    """
+    path = Path(path)
+    return checkpoint_of(load_tensors(path, "a checkpoint"), path)
+
+
+def checkpoint_of(content: Any, path: Path) -> Checkpoint:
+    """Checkpoint from what its file holds.
+
+    Args:
+        content: Of the file.
+        path: Of the file.
+
+    Returns:
         The checkpoint.
 
     Raises:
         ValueError: If the file is not a checkpoint of this tool, its recipe is not valid, or its content does not
             agree with its hash.
     """
-    path = Path(path)
-    content = load_tensors(path, "a checkpoint")
     keys = ("format", "recipe", "facts", "stage", "epoch", "hash", "model")
     if not isinstance(content, dict) or any(key not in content for key in keys) or content["format"] != FORMAT:
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
@@ -203,10 +230,11 @@ def load_tensors(path: Path, what: str) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds code.
+        ValueError: If the file is damaged, holds code, or declares more than it holds.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be {what}, got {'a folder' if path.is_dir() else 'no such file'}.")
+    check_declared_size(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from ssat_probe import registry
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
+from ssat_probe.source import Source
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -163,8 +164,8 @@ def data(name: str, *, data_dir: Path | None = None) -> None:
 
 @app.command(name="list")
 def list_() -> None:
-    """List models, data sets, objectives, decoders, probes, and relations between checkpoints."""
-    for kind in ("models", "data", "objectives", "decoders", "probes", "relations"):
+    """List models, data sets, objectives, decoders, probes, relations between checkpoints, and foreign formats."""
+    for kind in ("models", "data", "objectives", "decoders", "probes", "relations", "formats"):
         _say(f"{kind}:")
         for name in registry.names(kind):
             _say(f"  {name:<16} {registry.summary(kind, name)}")
@@ -182,22 +183,24 @@ def _probe_command(name: str) -> Callable[..., None]:
         ckpt: Checkpoints,
         probe: Annotated[probes.Probe, Flat] = probes.Probe(),  # type: ignore[name-defined]
         sample: Annotated[Sample, Flat] = Sample(),
+        source: Annotated[Source, Flat] = Source(),
         out: Path | None = None,
     ) -> None:
         from ssat_probe import probe as runner
 
         out = out or Path("figures") / runner.folder_name(ckpt)
         with _progress() as progress:
-            table = runner.run(probe, ckpt, sample, out, progress)
+            table = runner.run(probe, ckpt, sample, out, progress, source)
         _print_table(probe.summary(table))
         _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
 
     command.__doc__ = f"""{registry.summary("probes", name)}
 
     Args:
-        ckpt: Checkpoints to measure, one or more.
+        ckpt: Checkpoints to measure, one or more: ours, files of other tools, or timm:NAME.
         probe: Options of the probe.
         sample: Which images.
+        source: What foreign weights are.
         out: Folder for the table, its record and its figure; by default one in figures/ named after the checkpoints.
     """
     return command

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry
 from ssat_probe.sample import Sample
+from ssat_probe.source import Source
 from ssat_probe.table import Column, check_writable, read_table, write_table
 
 if TYPE_CHECKING:
@@ -82,16 +83,18 @@ def measure(name: str, checkpoints: Sequence[Path | str], **options: Any) -> "Da
 
     Args:
         name: Of the probe.
-        checkpoints: Paths.
-        options: Fields of the probe and of ``Sample``.
+        checkpoints: Paths of ours or of foreign weights, or ``timm:NAME``.
+        options: Fields of the probe, of ``Sample`` and of ``Source``.
 
     Returns:
         Identity columns, then the probe's own; rows of the checkpoints one after another.
     """
-    sample_fields = {field.name for field in dataclasses.fields(Sample)}
-    sample = Sample(**{k: v for k, v in options.items() if k in sample_fields})
-    probe = make(name, **{k: v for k, v in options.items() if k not in sample_fields})
-    return measure_all(probe, [Path(path) for path in checkpoints], sample)[0]
+    parts: list[Any] = []
+    for kind in (Sample, Source):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        parts.append(kind(**{k: options.pop(k) for k in fields & options.keys()}))
+    sample, source = parts
+    return measure_all(make(name, **options), [Path(path) for path in checkpoints], sample, source=source)[0]
 
 
 def draw(name: str, table: "DataFrame") -> "Figure":
@@ -119,6 +122,7 @@ def measure_all(
     paths: Sequence[Path],
     sample: Sample,
     progress: Progress = lambda done, total, text: None,
+    source: Source = Source(),
 ) -> tuple["DataFrame", dict[str, Any]]:
     """Table of a probe for some checkpoints, and the record of how it was made.
 
@@ -127,6 +131,7 @@ def measure_all(
         paths: Checkpoints.
         sample: Which images.
         progress: Told how many checkpoints are done.
+        source: What is said about foreign weights.
 
     Returns:
         The table with identity columns in front, and the record as plain data.
@@ -134,7 +139,7 @@ def measure_all(
     import pandas as pd
 
     started = time.monotonic()
-    subjects = _Subjects(paths, sample, probe, progress)
+    subjects = _Subjects(paths, sample, probe, progress, source)
     if hasattr(probe, "between"):
         tables = list(probe.between(iter(subjects)))
     else:
@@ -178,6 +183,7 @@ def run(
     sample: Sample,
     out: Path,
     progress: Progress = lambda done, total, text: None,
+    source: Source = Source(),
 ) -> "DataFrame":
     """Measure, and write ``<probe>.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
 
@@ -187,12 +193,13 @@ def run(
         sample: Which images.
         out: The folder.
         progress: Told how many checkpoints are done.
+        source: What is said about foreign weights.
 
     Returns:
         The table.
     """
     check_writable(out)
-    table, record = measure_all(probe, paths, sample, progress)
+    table, record = measure_all(probe, paths, sample, progress, source)
     write_results(probe, table, record, out)
     return table
 
@@ -247,8 +254,10 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
 class _Subjects:
     """Checkpoints, loaded one at a time; remembers what the table and the record say about each."""
 
-    def __init__(self, paths: Sequence[Path], sample: Sample, probe: Probe, progress: Progress) -> None:
-        self._paths, self._sample, self._probe, self._progress = paths, sample, probe, progress
+    def __init__(
+        self, paths: Sequence[Path], sample: Sample, probe: Probe, progress: Progress, source: Source
+    ) -> None:
+        self._paths, self._sample, self._probe, self._progress, self._source = paths, sample, probe, progress, source
         self.identities: list[dict[str, Any]] = []
         self.seen: list[dict[str, Any]] = []
         self.device = ""
@@ -260,7 +269,7 @@ class _Subjects:
         untrained: dict[str, Path] = {}
         for done, path in enumerate(self._paths):
             self._progress(done, len(self._paths), str(path))
-            subject = Subject.of(path, self._sample, self._probe.split)
+            subject = Subject.of(path, self._sample, self._probe.split, self._source)
             label = subject.checkpoint.label
             if label in [entry["checkpoint"] for entry in self.seen]:
                 label = f"{label} ({path})"
@@ -269,7 +278,7 @@ class _Subjects:
             yield label, subject
         if getattr(self._probe, "untrained_twin", False):
             for label, path in untrained.items():
-                subject = Subject.of(path, self._sample, self._probe.split).untrained()
+                subject = Subject.of(path, self._sample, self._probe.split, self._source).untrained()
                 self._remember(subject, label, "", UNTRAINED)
                 yield label, subject
 
@@ -281,6 +290,7 @@ class _Subjects:
             {"checkpoint": label, "model": recipe.model, "method": method, "data": recipe.data, "seed": recipe.seed}
             | {"epoch": checkpoint.epoch}
         )
+<<<<<<< HEAD
         self.seen.append(seen_of(subject, path, label))
 
 
@@ -302,6 +312,15 @@ def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:
         "images": subject.fingerprint,
         "num_images": subject.num_images,
     }
+=======
+        self.seen.append(
+            {"checkpoint": label, "path": path, "hash": checkpoint.hash, "images": subject.fingerprint}
+            | {"num_images": subject.num_images}
+        )
+        report = getattr(checkpoint, "report", None)  # of foreign weights
+        if report is not None:
+            self.seen[-1]["loading"] = _plain(dataclasses.asdict(report))
+>>>>>>> ed0c579 (Foreign weights: detected by names, filled by names, every tensor accounted for, files opened without running code)
 
 
 def _twin_label(subject: "Subject") -> str:

@@ -12,16 +12,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ssat_probe.augmentation import augment
-from ssat_probe.checkpoint import Checkpoint, load_checkpoint
+from ssat_probe.checkpoint import Checkpoint
 from ssat_probe.data import open_dataset
+from ssat_probe.foreign import Foreign, open_weights
 from ssat_probe.images import Images, Selection, normalise, split
 from ssat_probe.loading import batches
 from ssat_probe.losses import reconstruction_error
 from ssat_probe.network import Encoder, build_encoder
 from ssat_probe.patches import random_mask
+from ssat_probe.preparation import Prepared
 from ssat_probe.registry import known
 from ssat_probe.sample import Sample
 from ssat_probe.sampling import stratified_subset
+from ssat_probe.source import Source
 
 TERMS = ("cross_entropy", "reconstruction", "joint")
 
@@ -39,7 +42,7 @@ class Batch:
 class Subject:
     """What lies under the microscope: a model in eval mode, images that stream past it, and a loss."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Foreign
     model: Encoder
     "Encoder with its head; a call gives logits."
     decoder: nn.Module | None
@@ -51,24 +54,31 @@ class Subject:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, path: Path | str, sample: Sample, default_split: str = "test") -> "Subject":
+    def of(cls, path: Path | str, sample: Sample, default_split: str = "test", source: Source = Source()) -> "Subject":
         """Put a checkpoint under the microscope.
 
         Args:
-            path: Of the checkpoint.
+            path: Of the checkpoint, of a file of foreign weights, or ``timm:NAME``.
             sample: Which images, on which device, in which arithmetic.
             default_split: Part of the data where the sample leaves that open.
+            source: What is said about foreign weights.
 
         Returns:
             The subject.
 
         Raises:
-            ValueError: If the images have other channels than the model takes.
+            ValueError: If the images have other channels than the model takes, or nobody said which images to show.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = open_weights(path, source, sample.data, sample.data_dir)
         recipe, facts = checkpoint.recipe, checkpoint.facts
-        dataset = open_dataset(sample.data or recipe.data, sample.data_dir, img_size=recipe.img_size)
-        if dataset.facts.channels != facts.channels:
+        is_foreign = isinstance(checkpoint, Foreign)
+        if not (sample.data or recipe.data):
+            raise ValueError(
+                f"{path} does not say on which images it was trained; name the ones to look at with --data."
+            )
+        size = () if is_foreign else recipe.img_size
+        dataset = open_dataset(sample.data or recipe.data, sample.data_dir, img_size=size)
+        if dataset.facts.channels != facts.channels and not (is_foreign and dataset.facts.channels == 1):
             raise ValueError(
                 f"The images of data {sample.data!r} must have {facts.channels} channels as {checkpoint.path} needs, "
                 f"got {dataset.facts.channels}; choose other images with --data."
@@ -78,6 +88,8 @@ class Subject:
         images = split(dataset, part, recipe.subset if is_own else None, recipe.subset_seed)
         count = min(sample.num_images, len(images)) if sample.num_images else None
         images = Selection(images, stratified_subset(images.labels, count, sample.sample_seed))
+        if isinstance(checkpoint, Foreign):
+            images = Prepared(images, checkpoint.preparation)
         device, dtype = device_of(sample.device), getattr(torch, sample.dtype)
         model = checkpoint.encoder().to(device, dtype).eval()
         decoder = checkpoint.decoder()
@@ -145,9 +157,16 @@ class Subject:
         """Refuse to compare the model's classes with images of other ones.
 
         Raises:
-            ValueError: If the images' classes are not those that the model was trained on, in the same order.
+            ValueError: If the images' classes are not those that the model was trained on, in the same order, or
+                nobody knows which those are.
         """
         needed = self.checkpoint.facts.classes
+        if not needed:
+            raise ValueError(
+                f"The classes of {self.checkpoint.path} must be known for its loss and accuracy, got none; name the "
+                "data set whose classes its head has with --trained-on, or choose a probe that needs no classes "
+                "(attention, variance)."
+            )
         if self.classes != needed:
             raise ValueError(
                 f"The images must have the {len(needed)} classes of {self.checkpoint.path} ({_few(needed)}), "

@@ -94,8 +94,9 @@ def test_a_corrupt_checkpoint(refused: Run, checkpoints: Paths, tmp_path: Path) 
 def test_a_checkpoint_of_another_model(refused: Run, checkpoints: Paths, tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "linear.pt")
     assert refused("accuracy", "--ckpt", "linear.pt") == (
-        "linear.pt must be a checkpoint written by ssat-probe (format ssat-probe/1), got a file with: weight, bias; "
-        "give one that ssat-probe train wrote."
+        "linear.pt must be a checkpoint written by ssat-probe (format ssat-probe/1) or weights in one of the formats "
+        "dino, huggingface, lucidrains, mae, timm, got a file with: weight, bias; if it holds a model of timm's, name "
+        "it with --model timm:NAME."
     )
     one = load_checkpoint(checkpoints["ssat"])
     content = torch.load(checkpoints["ssat"], weights_only=True)
@@ -124,7 +125,8 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
         (tmp_path / "evil.pt").write_bytes(pickle.dumps({"model": Touch()}))
     assert re.fullmatch(
         r"evil\.pt must hold tensors and plain data alone, got a pickle that would run code when opened \([\w.]+\), "
-        r"so it was not opened; save a state_dict instead\.",
+        r"so it was not opened; save a state_dict instead, or give --trust if you trust its author to run programs "
+        r"here\.",
         refused("attention", "--ckpt", "evil.pt"),
     )
     assert not (tmp_path / "sign").exists()
