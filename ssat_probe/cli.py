@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -160,6 +160,41 @@ def data(name: str, *, data_dir: Path | None = None) -> None:
 
     for line in description(name, data_dir):
         _say(line)
+
+
+@app.command
+def describe(
+    *,
+    ckpt: Checkpoints,
+    sample: Annotated[Sample, Flat] = Sample(),
+    source: Annotated[Source, Flat] = Source(),
+) -> None:
+    """Say what a checkpoint is, and which probes apply to it.
+
+    Args:
+        ckpt: Checkpoints: ours, files of other tools, or timm:NAME.
+        sample: Which images would be looked at; only one is.
+        source: What foreign weights are.
+    """
+    from ssat_probe.description import describe as described
+
+    for path in ckpt:
+        for line in described(path, sample, source):
+            _say(line)
+
+
+@app.command
+def export(*, ckpt: Path, to: Literal["timm", "mae", "safetensors"], out: Path | None = None) -> None:
+    """Write a checkpoint of ours so that other tools can read it.
+
+    Args:
+        ckpt: A checkpoint that ssat-probe train wrote.
+        to: timm (encoder and head), mae (the official names, with the decoder), or safetensors (everything).
+        out: The new file; by default beside the checkpoint.
+    """
+    from ssat_probe.export import export as exported
+
+    _say(f"Wrote {exported(ckpt, to, out)}")
 
 
 @app.command(name="list")

@@ -1,6 +1,7 @@
 """Files of foreign weights: opened safely, the right entry taken, the wrappers' prefixes taken off."""
 
 import argparse
+import json
 import math
 import re
 import warnings
@@ -32,7 +33,7 @@ def open_content(path: Path, is_trusted: bool = False) -> Any:
         is_trusted: Let a file run code that cannot be opened otherwise.
 
     Returns:
-        Its content, on the CPU; safetensors as a flat dictionary.
+        Its content, on the CPU; safetensors as a flat dictionary, or as the checkpoint that ``export`` made it from.
 
     Raises:
         ValueError: If the file is damaged, declares more than it holds, or needs to run code and is not trusted.
@@ -58,13 +59,15 @@ def open_content(path: Path, is_trusted: bool = False) -> Any:
     raise ValueError(f"{sentence.removesuffix('.')}, or give --trust if you trust its author to run programs here.")
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path, device="cpu")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            ours = (file.metadata() or {}).get("ssat-probe")
+        return json.loads(ours) | {"model": state} if ours else state
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} must be a file of safetensors, got {path.stat().st_size} bytes that are none ({error}); "
             "it is damaged, cut short or of another kind: get it again."

@@ -290,7 +290,6 @@ class _Subjects:
             {"checkpoint": label, "model": recipe.model, "method": method, "data": recipe.data, "seed": recipe.seed}
             | {"epoch": checkpoint.epoch}
         )
-<<<<<<< HEAD
         self.seen.append(seen_of(subject, path, label))
 
 
@@ -305,22 +304,15 @@ def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:
     Returns:
         Plain data.
     """
-    return {
+    seen = {
         "checkpoint": label,
         "path": str(path),
         "hash": subject.checkpoint.hash,
         "images": subject.fingerprint,
         "num_images": subject.num_images,
     }
-=======
-        self.seen.append(
-            {"checkpoint": label, "path": path, "hash": checkpoint.hash, "images": subject.fingerprint}
-            | {"num_images": subject.num_images}
-        )
-        report = getattr(checkpoint, "report", None)  # of foreign weights
-        if report is not None:
-            self.seen[-1]["loading"] = _plain(dataclasses.asdict(report))
->>>>>>> ed0c579 (Foreign weights: detected by names, filled by names, every tensor accounted for, files opened without running code)
+    report = getattr(subject.checkpoint, "report", None)  # of foreign weights
+    return seen if report is None else seen | {"loading": _plain(dataclasses.asdict(report))}
 
 
 def _twin_label(subject: "Subject") -> str:

@@ -365,3 +365,25 @@ def test_the_version_is_that_of_the_package(run: Run) -> None:
     from importlib.metadata import version
 
     assert run("--version").strip() == version("ssat-probe")
+
+
+# Weights of other tools
+
+
+def test_foreign_weights_are_described_and_probed(run: Run) -> None:
+    words = ("--ckpt", "timm:vit_tiny_patch16_224", "--img-size", "32", "--data", "digits", "--device", "cpu")
+    described = run("describe", *words)
+    assert "loaded: nothing, untrained" in described
+    assert "attention: applies" in described
+    run("variance", *words, "--num-images", "3", "--out", "a")
+    (seen,) = json.loads(Path("a/variance.json").read_text())["checkpoints"]
+    assert seen["loading"]["layout"] == "timm:vit_tiny_patch16_224"
+    assert Path("a/variance.png").is_file()
+
+
+def test_a_checkpoint_is_exported(run: Run, refused: Run, checkpoints: Paths) -> None:
+    for to, name in (("timm", "b.pth"), ("mae", "c.pth"), ("safetensors", "d.safetensors")):
+        assert run("export", "--ckpt", checkpoints["ssat"], "--to", to, "--out", name) == f"Wrote {name}\n"
+        assert Path(name).is_file()
+    assert "applies" in run("describe", "--ckpt", "d.safetensors", "--device", "cpu")
+    assert refused("export", "--ckpt", checkpoints["scratch"], "--to", "mae").endswith("files without a decoder.")

@@ -1,0 +1,244 @@
+"""Description of a checkpoint: what it is, what it costs to look at, and which probes apply."""
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssat_probe import capture, registry
+from ssat_probe.checkpoint import Checkpoint
+from ssat_probe.foreign import Foreign, open_weights
+from ssat_probe.probe import make
+from ssat_probe.sample import Sample
+from ssat_probe.source import Source
+from ssat_probe.subject import Subject
+
+
+def describe(path: Path | str, sample: Sample = Sample(), source: Source = Source()) -> list[str]:
+    """What a checkpoint is, in lines; runs the model on one image, and each probe up to its second pass.
+
+    Args:
+        path: Of any checkpoint that a probe takes.
+        sample: Which images would be looked at; foreign weights without any are described without the probes.
+        source: What is said about foreign weights.
+
+    Returns:
+        Lines of text.
+    """
+    checkpoint = open_weights(path, source, sample.data, sample.data_dir)
+    lines = [str(path), *_loading(checkpoint)]
+    model = checkpoint.encoder().eval()
+    image = torch.zeros(1, checkpoint.facts.channels, *checkpoint.recipe.img_size)
+    lines += [*_parts(checkpoint, model), *_attention(model, image), *_memory(model, image, sample.batch_size)]
+    if not (sample.data or checkpoint.recipe.data):
+        return [*lines, "  probes: name images with --data to see which apply"]
+    return lines + [f"  {name}: {verdict}" for name, verdict in probes_that_apply(path, sample, source).items()]
+
+
+def _loading(checkpoint: Checkpoint | Foreign) -> list[str]:
+    """Where the weights came from and what became of them."""
+    if isinstance(checkpoint, Checkpoint):
+        return [f"  format: ssat-probe, {checkpoint.stage}, epoch {checkpoint.epoch}, {checkpoint.recipe.method}"]
+    report = checkpoint.report
+    lines = [
+        f"  format: {report.layout}" + (f", entry {report.entry}" if report.entry else ""),
+        f"  loaded: {len(report.loaded)} tensors, {report.fraction:.1%} of the encoder"
+        if report.loaded
+        else "  loaded: nothing, untrained",
+    ]
+    for name in ("missing", "unexpected", "resized", "dropped"):
+        found = getattr(report, name)
+        if found:
+            lines.append(f"  {name}: {len(found)} ({_few(found)})")
+    return lines + ([f"  assumed: {report.note}"] if report.note else [])
+
+
+def _few(names: Sequence[str] | Mapping[str, str]) -> str:
+    texts = [f"{name}: {why}" for name, why in names.items()] if isinstance(names, Mapping) else list(names)
+    return "; ".join(texts[:3]) + ("; ..." if len(texts) > 3 else "")
+
+
+def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
+    """Size of the model and its tokens."""
+    facts, size, patch = checkpoint.facts, checkpoint.recipe.img_size, checkpoint.recipe.patch_size
+    count = sum(parameter.numel() for parameter in model.parameters())
+    decoder = checkpoint.decoder()
+    extra = f" + {sum(p.numel() for p in decoder.parameters()):,} in the decoder" if decoder is not None else ""
+    classes = f"{facts.num_classes} known" if facts.classes else "unknown; --trained-on names their data set"
+    lines = [
+        f"  model: {checkpoint.recipe.model} ({type(model).__name__}), {count:,} parameters{extra}",
+        f"  images: {facts.channels} x {size[0]} x {size[1]}, mean {_short(facts.mean)}, std {_short(facts.std)}",
+        f"  classes: {classes}",
+    ]
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if isinstance(prefix, int):
+        grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        shown = f"grid {grid[0]} x {grid[1]} of patches {patch[0]} x {patch[1]}" if grid else "no grid"
+        lines.append(f"  tokens: {shown}; {_groups(model, prefix)}")
+    return lines
+
+
+def _short(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
+
+
+def _groups(model: nn.Module, num_prefix: int) -> str:
+    """Tokens before the patches, by kind; timm's order is class, distillation, registers."""
+    counts = {
+        "class": int(getattr(model, "cls_token", None) is not None),
+        "distillation": int(getattr(model, "dist_token", None) is not None),
+        "register": int(getattr(model, "num_reg_tokens", 0) or 0),
+    }
+    counts["other"] = num_prefix - sum(counts.values())
+    named = [f"{number} {kind}" for kind, number in counts.items() if number > 0]
+    return f"{num_prefix} before the patches" + (f" ({', '.join(named)})" if named else "")
+
+
+def _attention(model: nn.Module, image: Tensor) -> list[str]:
+    """Blocks, heads, queries and keys of each, as the running model shows them."""
+    try:
+        blocks = capture.blocks(model)
+    except ValueError as error:
+        return [f"  attention: {error}"]
+    seen: dict[int, str] = {}
+
+    def reduce(one: capture.Attention) -> None:
+        heads, queries, keys = one.rows.shape[1:]
+        kind = "scores" if one.has_scores else "weights alone"
+        masked = "" if one.is_valid is None else ", masked"
+        seen[one.block] = f"{heads} heads, {queries} queries x {keys} keys, {kind} visible{masked}"
+
+    try:
+        with torch.no_grad(), capture.attention(model, reduce):
+            model(image)
+    except ValueError as error:
+        return [f"  attention: {len(blocks)} blocks; {error}"]
+    lines, start = [], 0
+    for block in range(len(blocks)):
+        if block + 1 == len(blocks) or seen[block + 1] != seen[start]:
+            fused = getattr(getattr(blocks[start], "attn", None), "fused_attn", None)
+            kind = "" if fused is None else ", fused softmax" if fused else ", plain softmax"
+            lines.append(f"  blocks {start} to {block}: {seen[start]}{kind}")
+            start = block + 1
+    return lines
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors alive that were made while it is on."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {value.untyped_storage()._cdata for value in known}  # views of these are nothing new
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._seen:
+                storage = leaf.untyped_storage()
+                size, key = storage.nbytes(), storage._cdata
+                self._seen.add(key)
+                self.now += size
+                weakref.finalize(storage, self._freed, key, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def forward_bytes(model: nn.Module, image: Tensor) -> int:
+    """Largest number of bytes of intermediate results alive at once in a pass without gradients.
+
+    Args:
+        model: In eval mode.
+        image: One.
+
+    Returns:
+        Bytes for this one image, parameters not counted; what a kernel uses inside itself is not seen.
+    """
+    with torch.no_grad(), _Peak([image, *model.parameters(), *model.buffers()]) as peak:
+        model(image)
+    return peak.peak
+
+
+def _memory(model: nn.Module, image: Tensor, batch_size: int) -> list[str]:
+    """Memory of a pass over a batch, and of one block's attention when it is captured."""
+    weights = sum(value.numel() * value.element_size() for value in [*model.parameters(), *model.buffers()])
+    batch = forward_bytes(model, image) * batch_size
+    largest = 0
+
+    def reduce(one: capture.Attention) -> None:
+        nonlocal largest
+        largest = max(largest, math.prod(one.rows.shape) * one.rows.element_size())
+
+    try:
+        with torch.no_grad(), capture.attention(model, reduce, is_checked=False):
+            model(image)
+    except ValueError:
+        largest = 0
+    captured = f"; one block's attention {_mib(largest * batch_size)} more" if largest else ""
+    return [f"  memory: weights {_mib(weights)}, a forward pass of {batch_size} images {_mib(batch)}{captured}"]
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+class _EnoughError(Exception):
+    """A probe has come through its first pass of the model."""
+
+
+def probes_that_apply(path: Path | str, sample: Sample, source: Source) -> dict[str, str]:
+    """Which probes can be run on a checkpoint, found by running each of them until its second pass of the model.
+
+    Args:
+        path: Of the checkpoint.
+        sample: Which images.
+        source: What is said about foreign weights.
+
+    Returns:
+        By name of the probe: ``applies``, or the sentence that says why it does not.
+    """
+    verdicts = {}
+    for name in registry.names("probes"):
+        probe = make(name)
+        try:
+            subject = Subject.of(path, replace(sample, num_images=2, batch_size=1), probe.split, source)
+            with _one_pass(subject.model):
+                probe.measure(subject)
+        except _EnoughError:
+            verdicts[name] = "applies"
+        except ValueError as error:
+            verdicts[name] = f"does not apply: {error}"
+        else:
+            verdicts[name] = "applies"
+    return verdicts
+
+
+@contextmanager
+def _one_pass(model: nn.Module) -> Iterator[None]:
+    """Let the first layer of a model run once; the second time is enough."""
+    leaves = (module for module in model.modules() if not list(module.children()))
+    first = next(leaf for leaf in leaves if list(leaf.parameters()))
+    passes: list[bool] = []
+
+    def count(*_: Any) -> None:
+        if passes:
+            raise _EnoughError
+        passes.append(True)
+
+    handle = first.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

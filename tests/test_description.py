@@ -1,0 +1,58 @@
+"""What describe says is what the model does."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ssat_probe.description import describe, forward_bytes, probes_that_apply
+from ssat_probe.registry import names
+from ssat_probe.sample import Sample
+from ssat_probe.source import Source
+
+NAME = "vit_tiny_patch16_224"
+
+
+def test_our_own_checkpoint(checkpoints: dict[str, Path]) -> None:
+    text = "\n".join(describe(checkpoints["ssat"], Sample(device="cpu", batch_size=7)))
+    assert "format: ssat-probe, train, epoch 1, ssat" in text
+    assert "model: vit_nano (Model), " in text
+    assert "tokens: grid 4 x 4 of patches 2 x 2; 1 before the patches (1 class)" in text
+    assert "blocks 0 to 5: 4 heads, 17 queries x 17 keys, scores visible, fused softmax" in text
+    for name in names("probes"):
+        assert f"  {name}: applies" in text
+
+
+def test_foreign_weights_say_what_became_of_each_tensor(tmp_path: Path) -> None:
+    options = {"img_size": 32, "num_classes": 5, "reg_tokens": 3, "depth": 3}
+    state = timm.create_model(NAME, **options).state_dict() | {"mask_token": torch.zeros(1, 192)}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    lines = describe(tmp_path / "a.pth", Sample(), Source(img_size=(48,), resize=True))
+    assert lines[1:3] == ["  format: timm, entry model", f"  loaded: {len(state) - 1} tensors, 100.0% of the encoder"]
+    assert "  resized: 1 (pos_embed: (1, 8, 192) to (1, 13, 192))" in lines
+    assert "  dropped: 1 (mask_token: used by masked pre-training alone)" in lines
+    assert "  tokens: grid 3 x 3 of patches 16 x 16; 4 before the patches (1 class, 3 register)" in lines
+    assert "  blocks 0 to 2: 3 heads, 13 queries x 13 keys, scores visible, fused softmax" in lines
+    assert lines[-1] == "  probes: name images with --data to see which apply"
+
+
+def test_a_probe_that_does_not_apply_says_why(tmp_path: Path) -> None:
+    torch.save(timm.create_model(NAME, img_size=32, num_classes=5).state_dict(), tmp_path / "a.pth")
+    verdicts = probes_that_apply(tmp_path / "a.pth", Sample(data="digits", device="cpu"), Source())
+    assert verdicts["variance"] == verdicts["attention"] == "applies"
+    assert verdicts["accuracy"].startswith("does not apply: The classes of ")
+    assert verdicts["hessian"].startswith("does not apply: The classes of ")
+    untrained = probes_that_apply(f"timm:{NAME}", Sample(data="digits", device="cpu"), Source(img_size=(32,)))
+    assert set(untrained.values()) == {"applies"}
+
+
+def test_memory_is_that_of_the_results_alive_at_once() -> None:
+    chain = nn.Sequential(*[nn.Linear(97, 97) for _ in range(5)])
+    assert forward_bytes(chain, torch.zeros(3, 97)) == 2 * 3 * 97 * 4  # the one before and the one being made
+    assert forward_bytes(nn.Linear(97, 89), torch.zeros(3, 97)) == 3 * 89 * 4
+
+
+def test_what_cannot_be_probed_is_still_described() -> None:
+    lines = describe("timm:resnet18", Sample())
+    assert any(line.startswith("  attention: The model must hold its transformer blocks") for line in lines)
