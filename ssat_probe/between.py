@@ -112,7 +112,7 @@ def short_labels(subjects: Sequence[Subject], labels: Sequence[str]) -> list[str
         stage = "" if one.checkpoint.stage != "pretrain" else " pretrain"
         methods.append(names.get(recipe.method, recipe.method) + stage)
     seeds = [f"{method} seed {recipe.seed}" for method, recipe in zip(methods, recipes, strict=True)]
-    epochs = [f"{name} epoch {one.checkpoint.epoch:g}" for name, one in zip(seeds, subjects, strict=True)]
+    epochs = [f"{name} epoch {one.checkpoint.epoch}" for name, one in zip(seeds, subjects, strict=True)]
     for names_of_all in (methods, seeds, epochs):
         if len(set(names_of_all)) == len(subjects):
             return names_of_all

@@ -41,6 +41,15 @@ class Origin:
     mask_ratio: float = 0.75
     "Of He et al. (2022) and Das et al. (2024)."
     norm_pix: bool = False
+    weight_decay: float = 0.0
+    "Unknown, so there is no decay term."
+    augmentation: str = "none"
+    "Unknown, so nothing is augmented."
+
+    @property
+    def name(self) -> str:
+        """Name of a run: there is none but the model's."""
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Foreign:
     model: nn.Module
     decoder_: nn.Module | None = None
     epoch: str = ""
+    stage: str = ""
 
     @property
     def state(self) -> dict[str, Tensor]:

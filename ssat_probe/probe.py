@@ -254,9 +254,7 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
 class _Subjects:
     """Checkpoints, loaded one at a time; remembers what the table and the record say about each."""
 
-    def __init__(
-        self, paths: Sequence[Path], sample: Sample, probe: Probe, progress: Progress, source: Source
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], sample: Sample, probe: Probe, progress: Progress, source: Source) -> None:
         self._paths, self._sample, self._probe, self._progress, self._source = paths, sample, probe, progress, source
         self.identities: list[dict[str, Any]] = []
         self.seen: list[dict[str, Any]] = []
