@@ -140,7 +140,7 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
     [
         # unknown probe, model, data set, method, option
         ("atention --ckpt a.pt", r'Unknown command "atention"\. Did you mean "attention"\? .*'),
-        ("train --model vit_tny", r"No 'vit_tny' in models: vit_nano, .*\. Did you mean 'vit_tiny'\?"),
+        ("train --model vit_tny", r"No 'vit_tny' in models: vit_pico, vit_nano, .*\. Did you mean 'vit_tiny'\?"),
         ("train --data digts", r"No 'digts' in data: .*cifar10, .*digits, .*\. Did you mean 'digits'\?"),
         ("train --method sat", r'Invalid value "sat" for --method\. Choose from: .*\. Did you mean "ssat"\?'),
         ("train --decoder shalow", r"No 'shalow' in decoders: shallow\. Did you mean 'shallow'\?"),
@@ -270,7 +270,7 @@ def test_list_names_everything_there_is(run: Run) -> None:
         assert f"{kind}:" in printed
         for name in registry.names(kind):
             assert f"  {name:<16} {registry.summary(kind, name)}\n" in printed
-    assert "vit_nano, vit_tiny, vit_small, vit_base" in printed
+    assert "vit_pico, vit_nano, vit_tiny, vit_small, vit_base" in printed
 
 
 def test_data_describes_a_set_and_checks_what_is_there(run: Run, refused: Run, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _noise(operator: HessianOperator, vector: Tensor, image: Tensor, generator: 
     """How far a product moves when weights move by one unit in the last place and the vector is scaled by three."""
     signs = torch.randint(0, 2, (operator.size,), generator=generator).to(vector) * 2 - 1
     weights = torch.cat([parameter.detach().reshape(-1).double() for parameter in operator.parameters.values()])
-    with operator.moved(signs * operator.precision * weights):
+    with operator.moved(signs * operator.precision * operator.restricted(weights)):
         return float((operator.product(3 * vector) / 3 - image).norm())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -52,6 +52,7 @@ class HessianOperator:
         batches: Iterable[tuple[Any, int]],
         *,
         reduction: str = "mean",
+        coordinates: Int[Tensor, " coordinate"] | None = None,
     ) -> None:
         """Nothing is computed yet.
 
@@ -60,6 +61,7 @@ class HessianOperator:
             loss: Loss of one batch, a scalar that depends on the parameters; mean or sum over the images of the batch.
             batches: Pairs of (batch, number of its images), the same at every iteration; not an iterator.
             reduction: ``"mean"`` or ``"sum"``: what ``loss`` does over the images of a batch.
+            coordinates: Restrict the space to these places of the concatenation; None means all of them.
 
         Raises:
             ValueError: If there are no parameters, one is given twice, the batches can be read only once, or the
@@ -84,16 +86,22 @@ class HessianOperator:
         self.num_products = 0
         self.num_images = 0
         "Images that went through products so far: number of images times number of products."
-        self._loss = loss
+        self.loss = loss
         self._is_open = False
         self._graph: tuple[list[Tensor | None], int] | None = None
         ends = np.cumsum([0, *(parameter.numel() for parameter in parameters.values())])
+        self.coordinates = None if coordinates is None else coordinates.to(self.device)
         self._slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
 
     @property
     def size(self) -> int:
-        """Number of scalar parameters, frozen ones included."""
-        return self._slices[-1].stop
+        """Number of scalar parameters, frozen ones included; those of the restriction if there is one."""
+        return self._slices[-1].stop if self.coordinates is None else len(self.coordinates)
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether some coordinates of the parameters are left out."""
+        return self.coordinates is not None
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +158,7 @@ class HessianOperator:
             )
         num_images = 0
         with _undisturbed():
-            vectors = vectors.clone()  # a plain tensor, also of one that inference mode made
+            vectors = self._embedded(vectors.clone())  # a plain tensor, also of one that inference mode made
             total = torch.zeros_like(vectors)
             for gradients, num in self._graphs():
                 share = num if self.reduction == "mean" else 1
@@ -158,7 +166,7 @@ class HessianOperator:
                 num_images += num
         self.num_products += len(vectors)
         self.num_images += num_images * len(vectors)
-        return total / num_images
+        return self.restricted(total) / num_images
 
     def evaluate(self) -> Evaluation:
         """Mean loss and gradient over all images.
@@ -166,7 +174,7 @@ class HessianOperator:
         Returns:
             The loss, the gradient in float64, and loss and size of each batch in the order they came.
         """
-        gradient = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        gradient = torch.zeros(self._slices[-1].stop, dtype=torch.float64, device=self.device)
         losses, sizes = [], []
         with _undisturbed():
             for batch, num, _ in self._sized():
@@ -179,7 +187,8 @@ class HessianOperator:
                 losses.append(float(loss.detach()) * share / num)
                 sizes.append(num)
         loss_sum = sum(loss * num for loss, num in zip(losses, sizes, strict=True))
-        return Evaluation(loss_sum / sum(sizes), gradient / sum(sizes), tuple(losses), tuple(sizes))
+        gradient = self.restricted(gradient) / sum(sizes)
+        return Evaluation(loss_sum / sum(sizes), gradient, tuple(losses), tuple(sizes))
 
     @contextmanager
     def moved(self, displacement: Float64[Tensor, " parameter"]) -> Iterator[Float64[Tensor, " parameter"]]:
@@ -193,6 +202,7 @@ class HessianOperator:
         """
         self.release()
         found = [parameter.detach().clone() for parameter in self.parameters.values()]
+        displacement = self._embedded(displacement)
         happened = torch.zeros_like(displacement)
         try:
             with torch.no_grad():
@@ -201,12 +211,31 @@ class HessianOperator:
                         step = displacement[place].view_as(parameter)
                         parameter.copy_(before.double() + step)
                         happened[place] = (parameter.double() - before.double()).reshape(-1)
-            yield happened
+            yield self.restricted(happened)
         finally:
             with torch.no_grad():
                 for parameter, before in zip(self.parameters.values(), found, strict=True):
                     parameter.copy_(before)
             self.release()
+
+    def _embedded(self, vectors: Tensor) -> Tensor:
+        """Vectors of the restricted space in that of all coordinates."""
+        if self.coordinates is None:
+            return vectors
+        whole = vectors.new_zeros(*vectors.shape[:-1], self._slices[-1].stop)
+        whole[..., self.coordinates] = vectors
+        return whole
+
+    def restricted(self, vectors: Tensor) -> Tensor:
+        """Coordinates of the operator's space, of vectors over all coordinates of its parameters.
+
+        Args:
+            vectors: Along the last axis.
+
+        Returns:
+            The same vectors where the operator is not restricted.
+        """
+        return vectors if self.coordinates is None else vectors[..., self.coordinates]
 
     def _sized(self) -> Iterator[tuple[Any, int, bool]]:
         """Batches with their sizes, and whether there is one only."""
@@ -234,7 +263,7 @@ class HessianOperator:
 
     def _forward(self, batch: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self._loss(batch)
+            loss = self.loss(batch)
         if loss.numel() != 1 or not bool(torch.isfinite(loss)):
             got = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else f"{loss.item()}"
             raise ValueError(

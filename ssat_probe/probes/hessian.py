@@ -1,7 +1,7 @@
 """Spectrum of the loss Hessian: both ends, density, negative part with certified brackets, trace."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssat_probe.registry import known
@@ -11,17 +11,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from torch.nn import Parameter
 
-    from ssat_probe.measures.certificate import Certificate
-    from ssat_probe.measures.hessian import Evaluation, HessianOperator
-    from ssat_probe.measures.lanczos import Krylov
+    from ssat_probe.measures.hessian import HessianOperator
     from ssat_probe.subject import Batch, Subject
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
-TAUS = (1e-3, 1e-2)  # thresholds as shares of the largest eigenvalue; CURVATURE notes 8.3 (c)
-NUM_ENDS = 10  # eigenvalues listed at either end
-GUARD = 100, 3  # distance kept from thresholds, in roundings of the largest eigenvalue and in noise floors; no source
-WIDEST = 0.1  # a share of eigenvalues that is known no better than this is not given as a number; ours, no source
+MATRICES = ("hessian", "gauss_newton")
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,16 @@ class Probe:
     "Random start vectors; more of them for the trace, more steps for everything else."
     seed: int = 0
     "Of the start vectors."
+    method: str = "lanczos"
+    "How: lanczos, exact (small models or blocks), lissa, batches (ends per mini-batch) or pyhessian."
+    compare: tuple[str, ...] = ()
+    "Methods to put side by side instead, with products, seconds and distance to the exact spectrum."
+    params: tuple[str, ...] = ()
+    "Patterns of the parameters looked at, as 'blocks.5.*' or '*.attn.q.*'; none means all."
+    matrix: str = "hessian"
+    "hessian, or gauss_newton: its positive semi-definite part."
+    memory: float = 2.0
+    "GiB that a dense matrix may take."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -65,36 +71,71 @@ class Probe:
             on_step: Called after each product of a Lanczos run with the number of products so far.
 
         Returns:
-            One row per quantity, then one per eigenvalue listed, quadrature node and Lanczos coefficient.
-
-        Raises:
-            ValueError: If an option is out of range, or the operator fails its certificate.
+            One row per quantity, then one per eigenvalue listed, quadrature node and Lanczos coefficient. An option
+            out of range or an operator that fails its certificate is a ValueError.
         """
+        import pandas as pd
+
         from ssat_probe.measures.certificate import certify
-        from ssat_probe.measures.hessian import HessianOperator
-        from ssat_probe.measures.lanczos import lanczos
+        from ssat_probe.measures.methods import Settings, compared, rows_of
+
+        self._check()
+        subject = _in_float64(subject) if "exact" in (self.method, *self.compare) else subject
+        everything = subject.parameters(self.loss)
+        plain, operator = self._operators(subject, everything)
+        certificate, evaluation = certify(operator), plain.evaluate()
+        max_bytes = int(self.memory * 2**30)
+        settings = Settings(self.steps, self.probes, self.seed, max_bytes, tuple(everything.values()), on_step)
+        if self.compare:
+            rows = compared(self.compare, operator, certificate, evaluation, settings)
+        else:
+            rows = rows_of(self.method, operator, certificate, evaluation, settings)
+        names = [column.name for column in Probe.columns]
+        defaults = {"probe": -1, "index": 0, "unit": ""}
+        table = pd.DataFrame([defaults | row for row in rows], columns=names)
+        return table.astype({name: float for name in names[3:-1]})
+
+    def _check(self) -> None:
+        """Refuse options that are out of range, before anything is computed."""
+        from ssat_probe.measures.methods import METHODS
 
         known(self.loss, LOSSES, "losses")
+        known(self.matrix, MATRICES, "matrices")
+        for method in (self.method, *self.compare):
+            known(method, METHODS, "methods")
         for name, least in (("steps", 2), ("probes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}. Take the default.")
-        operator = HessianOperator(
-            subject.parameters(self.loss), lambda batch: subject.loss(batch, self.loss), _SizedBatches(subject.batches)
+        if not self.memory > 0:
+            raise ValueError(f"memory must be more than 0 GiB, got {self.memory}. Take the default.")
+        if self.matrix == "gauss_newton" and self.loss != "cross_entropy":
+            raise ValueError(
+                f"The Gauss-Newton matrix must be of the loss cross_entropy, got {self.loss!r}. Take --matrix hessian."
+            )
+        if self.matrix == "gauss_newton" and {"pyhessian"} & {self.method, *self.compare}:
+            raise ValueError("PyHessian knows the matrix hessian only, got 'gauss_newton'. Leave pyhessian out.")
+
+    def _operators(
+        self, subject: "Subject", everything: "dict[str, Parameter]"
+    ) -> "tuple[HessianOperator, HessianOperator]":
+        """Hessian of the loss, for loss and gradient, and the matrix that is looked at: often the same."""
+        from ssat_probe.measures.gauss_newton import cross_entropy_output, gauss_newton
+        from ssat_probe.measures.hessian import HessianOperator
+        from ssat_probe.measures.selection import selected
+
+        parameters, coordinates = selected(everything, self.params)
+        batches = _SizedBatches(subject.batches)
+        plain = HessianOperator(
+            parameters, lambda batch: subject.loss(batch, self.loss), batches, coordinates=coordinates
         )
-        certificate = certify(operator)
-        evaluation = operator.evaluate()
-
-        def step_done(steps: int) -> None:
-            if on_step is not None:
-                on_step(len(krylovs) * self.steps + steps)
-
-        krylovs: list[Krylov] = []
-        with operator:
-            for probe in range(self.probes):
-                seed = self.seed + 1_000_003 * probe
-                options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": seed}
-                krylovs.append(lanczos(operator.product, operator.size, self.steps, on_step=step_done, **options))
-        return _table(krylovs, certificate, evaluation, operator)
+        if self.matrix == "hessian":
+            return plain, plain
+        return plain, gauss_newton(
+            parameters,
+            lambda batch: cross_entropy_output(subject.model(batch.images)),
+            batches,
+            coordinates=coordinates,
+        )
 
     def draw(self, table: "DataFrame") -> "Figure":
         """Density, negative part apart, certified shares below zero; both ends and negative energy per method.
@@ -105,8 +146,11 @@ class Probe:
         Returns:
             Six panels; methods with several seeds as mean and 95 % interval over seeds.
         """
-        from ssat_probe import drawing
+        from ssat_probe import curvature_drawing, drawing
+        from ssat_probe.measures.spectrum import methods_in
 
+        if methods_in(table) or not (table["quantity"].isin(["alpha", "eigenvalue"])).any():
+            return curvature_drawing.draw(table)
         with drawing.style():
             figure, axes = drawing.panels(2, 3, height=4.4)
             _draw_density(axes[0], axes[1], table)
@@ -127,20 +171,19 @@ class Probe:
         """
         import pandas as pd
 
+        from ssat_probe.measures.spectrum import methods_in, rows_by
+
         rows = []
         for checkpoint, one in table.groupby("checkpoint", sort=False):
-            row = {"checkpoint": checkpoint}
-            for quantity in ("lambda_max", "lambda_min"):
-                entry = _entry(one, quantity)
-                row[quantity] = f"{entry['value']:.4g}" + ("" if entry["converged"] == 1 else "*")
-            row["lambda_ratio"] = f"{_entry(one, 'lambda_ratio')['value']:.3g}"
-            row["negative_energy"] = _plus_minus(_entry(one, "negative_energy"))
-            for tau in TAUS:
-                row[f"below -{tau:g} λmax"] = _bracket(_entry(one, "mass_below", tau))
-            row["near_zero_mass"] = _bracket(_entry(one, "near_zero_mass"))
-            row["negative_fraction"] = _bracket(_entry(one, "negative_fraction"))
-            row["trace"] = _plus_minus(_entry(one, "trace"))
-            rows.append(row)
+            methods = methods_in(one)
+            for method in methods:
+                by_method = rows_by(one, method)
+                costs = {name: _cell(by_method, name) for name in ("wasserstein", "products_used", "seconds")}
+                shown = _summary(by_method)
+                del shown["lambda_ratio"], shown["trace"]
+                rows.append({"checkpoint": checkpoint, "by": method} | shown | costs)
+            if not methods:
+                rows.append({"checkpoint": checkpoint} | _summary(one))
         return pd.DataFrame(rows)
 
 
@@ -150,6 +193,9 @@ _SHOWN = {
     "lambda_min": "smallest eigenvalue [loss]",
     "negative_energy": "negative energy Σ|λ₋| / Σ|λ|",
 }
+
+
+_SHARES = ("mass_below", "near_zero_mass", "negative_fraction")
 
 
 class _SizedBatches:
@@ -163,134 +209,54 @@ class _SizedBatches:
             yield batch, len(batch.images)
 
 
-def _table(
-    krylovs: "Sequence[Krylov]", certificate: "Certificate", evaluation: "Evaluation", operator: "HessianOperator"
-) -> "DataFrame":
-    import pandas as pd
+def _in_float64(subject: "Subject") -> "Subject":
+    """The same subject with a copy of its model in float64."""
+    import copy
+    import dataclasses
 
-    names = [column.name for column in Probe.columns]
-    defaults = {"probe": -1, "index": 0, "unit": ""}
-    rows = [
-        *_ends(krylovs),
-        *_negative_part(krylovs, _guard(krylovs, certificate.noise)),
-        *_others(krylovs, certificate, evaluation, operator),
-        *_coefficients(krylovs),
-    ]
-    table = pd.DataFrame([defaults | row for row in rows], columns=names)
-    return table.astype({name: float for name in names[3:-1]})
+    import torch
+
+    if next(subject.model.parameters()).dtype == torch.float64:
+        return subject
+    decoder = None if subject.decoder is None else copy.deepcopy(subject.decoder).double()
+    model = copy.deepcopy(subject.model).double()
+    return dataclasses.replace(subject, model=model, decoder=decoder, dtype=torch.float64)
 
 
-def _ends(krylovs: "Sequence[Krylov]") -> list[dict[str, Any]]:
-    """Eigenvalues at both ends. A Ritz value never lies outside the eigenvalue of its rank: the outermost is best."""
-    from ssat_probe.measures.lanczos import beyond_ends, ritz
+def _summary(one: "DataFrame") -> dict[str, str]:
+    """What the terminal shows of one spectrum, or of the ends of mini-batches."""
+    from ssat_probe.measures.spectrum import TAUS, entry_of
 
-    found = [ritz(krylov) for krylov in krylovs]
-    num = min(NUM_ENDS, (len(found[0].values) + 1) // 2)
-    listed: list[dict[str, Any]] = []
-    for quantity, sign in (("top_eigenvalue", 1), ("bottom_eigenvalue", -1)):
-        for rank in range(1, num + 1):
-            place = -rank if sign == 1 else rank - 1
-            one = max(found, key=lambda run: sign * run.values[place])
-            value, residual = float(one.values[place]), float(one.residuals[place])
-            listed.append(
-                {"quantity": quantity, "index": rank, "value": value, "low": value - residual, "high": value + residual}
-                | {"residual": residual, "converged": float(one.converged[place]), "unit": "loss"}
-            )
-    top, bottom = listed[0], listed[num]
-    ratio = max(-bottom["value"], 0.0) / top["value"] if top["value"] > 0 else float("nan")
-    return [
-        top | {"quantity": "lambda_max", "index": 0},
-        bottom | {"quantity": "lambda_min", "index": 0},
-        {"quantity": "lambda_ratio", "value": ratio},
-        {"quantity": "beyond_ends", "value": min(map(beyond_ends, krylovs)), "unit": "loss"},
-        *listed,
-    ]
-
-
-def _negative_part(krylovs: "Sequence[Krylov]", guard: float) -> list[dict[str, Any]]:
-    """From the most to the least certain: energy, shares beyond thresholds, share near zero, share below zero."""
-    from ssat_probe.measures.lanczos import ritz
-    from ssat_probe.measures.quadrature import mass, negative_energy
-
-    largest = max(float(ritz(krylov).values[-1]) for krylov in krylovs)
-    scale = largest if largest > 0 else max(krylov.scale for krylov in krylovs)
-    rows = [{"quantity": "negative_energy"} | asdict(negative_energy(krylovs))]
+    if (one["quantity"] == "nep").any():
+        shown = ("nep", "ape", "power_nep", "power_ape", "num_batches", "batch_size")
+        return {name: _cell(one, name) for name in shown}
+    row = {}
+    for quantity in ("lambda_max", "lambda_min"):
+        row[quantity] = _cell(one, quantity, ".4g")
+        if row[quantity] and entry_of(one, quantity)["converged"] != 1:
+            row[quantity] += "*"
+    row["lambda_ratio"] = _cell(one, "lambda_ratio")
+    row["negative_energy"] = _cell(one, "negative_energy")
     for tau in TAUS:
-        rows.append({"quantity": "mass_below", "tau": tau} | asdict(mass(krylovs, None, -tau * scale, guard)))
-    near_zero = mass(krylovs, -TAUS[0] * scale, TAUS[0] * scale, guard)
-    rows.append({"quantity": "near_zero_mass", "tau": TAUS[0]} | asdict(near_zero))
-    below = mass(krylovs, None, 0.0, guard)
-    refused = {"value": float("nan")} if below.width > WIDEST else {}
-    rows.append({"quantity": "negative_fraction", "tau": 0.0} | asdict(below) | refused)
-    return rows
+        row[f"below -{tau:g} λmax"] = _cell(one, "mass_below", tau=tau)
+    row["near_zero_mass"] = _cell(one, "near_zero_mass")
+    row["negative_fraction"] = _cell(one, "negative_fraction")
+    row["trace"] = _cell(one, "trace")
+    return row
 
 
-def _guard(krylovs: "Sequence[Krylov]", noise: float) -> float:
-    """Eigenvalues nearer to a threshold than this may lie on either side of it."""
-    return max(GUARD[0] * max(krylov.precision * krylov.scale for krylov in krylovs), GUARD[1] * noise)
+def _cell(one: "DataFrame", quantity: str, form: str = ".3g", tau: float | None = None) -> str:
+    """A number with its uncertainty where it has one, empty where the method does not give it."""
+    from ssat_probe.measures.spectrum import entry_of
 
-
-def _others(
-    krylovs: "Sequence[Krylov]", certificate: "Certificate", evaluation: "Evaluation", operator: "HessianOperator"
-) -> list[dict[str, Any]]:
-    from ssat_probe.measures.quadrature import trace
-
-    return [
-        {"quantity": "trace", "unit": "loss"} | asdict(trace(krylovs)),
-        {"quantity": "loss", "value": evaluation.loss, "unit": "loss"},
-        {"quantity": "gradient_norm", "value": float(evaluation.gradient.norm()), "unit": "loss"},
-        {"quantity": "num_parameters", "value": operator.size},
-        {"quantity": "num_images", "value": sum(evaluation.batch_sizes)},
-        {"quantity": "num_products", "value": operator.num_products},
-        {"quantity": "precision", "value": operator.precision},
-        *(
-            {"quantity": f"check_{check.name}".replace(" ", "_"), "value": check.measured, "high": check.allowed}
-            | {"converged": 1.0}
-            for check in certificate.checks
-        ),
-        {"quantity": "noise_floor", "value": certificate.noise, "unit": "loss"},
-    ]
-
-
-def _coefficients(krylovs: "Sequence[Krylov]") -> Iterator[dict[str, Any]]:
-    """Nodes and weights of the quadrature, and the coefficients from which all else can be redone without a product."""
-    from ssat_probe.measures.lanczos import ritz
-
-    for probe, krylov in enumerate(krylovs):
-        found = ritz(krylov)
-        for index, entry in enumerate(zip(found.values, found.residuals, found.converged, found.weights, strict=True)):
-            named = dict(zip(("value", "residual", "converged", "weight"), map(float, entry), strict=True))
-            yield {"quantity": "node", "probe": probe, "index": index, "unit": "loss"} | named
-        for step, alpha in enumerate(krylov.alphas):
-            yield {"quantity": "alpha", "probe": probe, "index": step, "value": alpha, "unit": "loss"}
-        for step, beta in enumerate(krylov.betas):  # converged: the space was invariant, the coupling is rounding
-            flag = {"converged": float(step in krylov.breaks)}
-            yield {"quantity": "beta", "probe": probe, "index": step, "value": beta, "unit": "loss"} | flag
-
-
-def _krylovs(table: "DataFrame") -> "list[Krylov]":
-    """The runs of one checkpoint, from its table."""
-    import numpy as np
-
-    from ssat_probe.measures.lanczos import Krylov
-
-    size, precision = int(_entry(table, "num_parameters")["value"]), float(_entry(table, "precision")["value"])
-    runs = []
-    for probe in sorted(table.loc[table["quantity"] == "alpha", "probe"].unique()):
-        rows = table[table["probe"] == probe].sort_values("index")
-        alphas, betas = (rows[rows["quantity"] == name] for name in ("alpha", "beta"))
-        breaks = tuple(np.flatnonzero(betas["converged"].to_numpy() == 1).tolist())
-        values = [rows["value"].to_numpy(dtype=float) for rows in (alphas, betas)]
-        runs.append(Krylov(values[0], values[1], breaks, size, precision))
-    return runs
-
-
-def _entry(table: "DataFrame", quantity: str, tau: float | None = None) -> "dict[str, Any]":
-    """The row of a single quantity of one checkpoint."""
-    rows = table[table["quantity"] == quantity]
-    if tau is not None:
-        rows = rows[rows["tau"] == tau]
-    return {str(name): value for name, value in rows.iloc[0].items()}
+    if not (one["quantity"] == quantity).any():
+        return ""
+    entry = entry_of(one, quantity, tau)
+    if quantity in _SHARES and entry["low"] == entry["low"]:
+        return _bracket(entry)
+    if entry["standard_error"] == entry["standard_error"] and quantity in ("negative_energy", "trace"):
+        return _plus_minus(entry)
+    return f"{entry['value']:{form}}"
 
 
 def _bracket(entry: dict[str, Any]) -> str:
@@ -307,7 +273,7 @@ def _draw_density(whole: "Axes", negative: "Axes", table: "DataFrame") -> None:
     from matplotlib.ticker import NullLocator
 
     from ssat_probe import drawing
-    from ssat_probe.measures.quadrature import counts
+    from ssat_probe.measures.spectrum import smoothed
 
     low = min(table.loc[table["quantity"] == "lambda_min", "value"].min(), 0.0)
     high = max(table.loc[table["quantity"] == "lambda_max", "value"].max(), 0.0)
@@ -317,8 +283,8 @@ def _draw_density(whole: "Axes", negative: "Axes", table: "DataFrame") -> None:
         highest = 1.0
         for one in drawing.series(table):
             look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
-            runs = [_krylovs(rows) for _, rows in one.table.groupby("checkpoint", sort=False)]
-            curves = np.array([counts(krylovs, grid, bulk) for krylovs in runs])
+            spectra = one.table.groupby("checkpoint", sort=False)
+            curves = np.array([smoothed(rows, grid, bulk) for _, rows in spectra])
             highest = max(highest, curves.max())
             if len(curves) > 1:
                 ax.plot(grid, curves.T, linewidth=0.5, alpha=0.5, **look)
@@ -343,18 +309,12 @@ def _draw_shares(ax: "Axes", table: "DataFrame") -> None:
     import numpy as np
 
     from ssat_probe import drawing
-    from ssat_probe.measures.quadrature import mass
+    from ssat_probe.measures.spectrum import bounds_below
 
     taus = np.logspace(-4, 0, 41)
     for one in drawing.series(table):
-        bounds = []
-        for _, rows in one.table.groupby("checkpoint", sort=False):
-            largest, noise = (float(_entry(rows, name)["value"]) for name in ("lambda_max", "noise_floor"))
-            krylovs = _krylovs(rows)
-            guard = _guard(krylovs, noise)
-            shares = (mass(krylovs, None, -tau * largest, guard) for tau in taus)
-            bounds.append([(share.low, share.high) for share in shares])
-        low, high = np.maximum(np.mean(bounds, axis=0).T, 1e-12)
+        bounds = [bounds_below(rows, taus) for _, rows in one.table.groupby("checkpoint", sort=False)]
+        low, high = np.maximum(np.mean(bounds, axis=0), 1e-12)
         ax.fill_between(taus, low, high, color=one.look.colour, alpha=0.25, linewidth=0)
         ax.plot(taus, (low + high) / 2, color=one.look.colour, linestyle=one.look.linestyle, label=one.label)
     ax.set_xscale("log")

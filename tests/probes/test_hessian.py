@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssat_probe.measures.hessian import HessianOperator, dense
 from ssat_probe.measures.quadrature import Estimate, spectrum_mass
+from ssat_probe.measures.spectrum import WIDEST, runs_of
 from ssat_probe.probes import hessian
 
 STEPS = 60
@@ -186,7 +187,7 @@ class TestTable:
 
     def test_fraction_below_zero_is_refused_as_a_number_when_its_bracket_is_wide(self, table):
         found = entry(table, "negative_fraction")
-        assert found["high"] - found["low"] > hessian.WIDEST
+        assert found["high"] - found["low"] > WIDEST
         assert np.isnan(found["value"])
 
     def test_fraction_below_zero_is_given_when_its_bracket_is_narrow(self, subject):
@@ -313,7 +314,7 @@ class TestFigure:
 
     def test_runs_come_back_from_the_saved_table(self, subject):
         table = hessian.Probe(steps=7).measure(subject).assign(checkpoint="a")
-        (back,) = hessian._krylovs(pd.read_csv(io.StringIO(table.to_csv(index=False))))
+        (back,) = runs_of(pd.read_csv(io.StringIO(table.to_csv(index=False))))
         np.testing.assert_allclose(back.alphas, table[table["quantity"] == "alpha"]["value"], rtol=1e-14)
         np.testing.assert_allclose(back.betas, table[table["quantity"] == "beta"]["value"], rtol=1e-14)
         assert back.breaks == ()

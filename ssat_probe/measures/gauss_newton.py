@@ -1,0 +1,97 @@
+"""Gauss-Newton matrix JᵀHJ of a loss: positive semi-definite, with the analytic Hessian H of the output loss."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ssat_probe.measures.hessian import HessianOperator
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network gives for a batch, and the quadratic form of the output loss around it."""
+
+    values: Tensor
+    half_square: Callable[[Tensor, Tensor], Tensor]
+    "Of (deviation, values): half the deviation times the output Hessian at the values times the deviation."
+
+
+def cross_entropy_output(logits: Float[Tensor, "batch class"]) -> Output:
+    """Output of a classifier under mean cross-entropy; its Hessian is diag(p) - ppᵀ per image, whatever the label.
+
+    Args:
+        logits: Before softmax, attached to the graph.
+
+    Returns:
+        For `gauss_newton`.
+    """
+
+    def half_square(deviation: Tensor, values: Tensor) -> Tensor:
+        shares = values.softmax(dim=1)
+        mean = (shares * deviation).sum(dim=1, keepdim=True)
+        return (shares * (deviation - mean).square()).sum() / (2 * len(values))
+
+    return Output(logits, half_square)
+
+
+def squared_error_output(predicted: Tensor, weight: Tensor | float) -> Output:
+    """Output under a weighted sum of squared errors; its Hessian is twice the weight.
+
+    Args:
+        predicted: Any shape, attached to the graph.
+        weight: Of each squared error in the loss of the batch, broadcastable; 1/number of entries for a mean.
+
+    Returns:
+        For `gauss_newton`.
+    """
+    return Output(predicted, lambda deviation, _: (weight * deviation.square()).sum())
+
+
+def gauss_newton(
+    parameters: Mapping[str, Tensor],
+    output: Callable[[Any], Output],
+    batches: Iterable[tuple[Any, int]],
+    *,
+    coordinates: Int[Tensor, " coordinate"] | None = None,
+) -> HessianOperator:
+    """Gauss-Newton matrix as an operator, for losses that are means over the images of a batch.
+
+    It is the Hessian, at the present parameters, of the sum of half squares ½ (f - f₀)ᵀH (f - f₀), whose f₀ and H are
+    frozen: the second derivative of f is multiplied by f - f₀ = 0. So all that is true of Hessian products is
+    true here: batches, micro-batches, kept graphs, several vectors at once and the same certificate. The loss and
+    gradient of this operator are zero; those of the model come from its Hessian operator.
+
+    Args:
+        parameters: As for `HessianOperator`.
+        output: Network output of a batch.
+        batches: As for `HessianOperator`; read once here to freeze the outputs (that many numbers are kept).
+        coordinates: As for `HessianOperator`.
+
+    Returns:
+        The operator.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        frozen = [output(batch).values.detach().clone() for batch, _ in batches]
+
+    def loss(numbered: tuple[int, Any]) -> Tensor:
+        place, batch = numbered
+        now = output(batch)
+        return now.half_square(now.values - frozen[place], frozen[place])
+
+    return HessianOperator(parameters, loss, _Numbered(batches), coordinates=coordinates)
+
+
+class _Numbered:
+    """Batches with their places."""
+
+    def __init__(self, batches: Iterable[tuple[Any, int]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, Any], int]]:
+        for place, (batch, num) in enumerate(self._batches):
+            yield (place, batch), num

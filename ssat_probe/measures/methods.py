@@ -1,0 +1,222 @@
+"""The ways to a spectrum, side by side: each takes an operator and gives rows of one and the same table."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pandas import DataFrame
+from torch import Tensor
+
+from ssat_probe.measures import spectrum
+from ssat_probe.measures.batches import average_positive, batch_ends, negative_proportion, signed_power
+from ssat_probe.measures.certificate import Certificate
+from ssat_probe.measures.exact import eigenvalues
+from ssat_probe.measures.hessian import Evaluation, HessianOperator
+from ssat_probe.measures.inverse import calibrate, inverse_eigenvalues
+from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
+from ssat_probe.measures.peers import pyhessian
+
+METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
+LISSA_STEPS = 30  # outer Lanczos steps at most: each takes some hundred products; the negative edge comes first
+PILOT_STEPS = 40  # of the Lanczos run that calibrates LiSSA; both ends of a network's Hessian are found by then
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the methods; each takes what it needs."""
+
+    steps: int = 80
+    probes: int = 1
+    seed: int = 0
+    max_bytes: int = 2 * 2**30
+    bystanders: tuple[Tensor, ...] = ()
+    "Parameters of the model that the operator does not cover."
+    on_step: Callable[[int], None] | None = None
+
+
+def rows_of(
+    method: str, operator: HessianOperator, certificate: Certificate, evaluation: Evaluation, settings: Settings
+) -> Rows:
+    """Rows of one method.
+
+    Args:
+        method: One of ``METHODS``.
+        operator: Certified.
+        certificate: Its certificate.
+        evaluation: Loss and gradient of the model at the same images.
+        settings: Options.
+
+    Returns:
+        Rows with a quantity each.
+    """
+    if method == "lanczos":
+        runs = _runs(operator, settings)
+        kept = spectrum.distance_kept(runs, certificate.noise)
+        rows = [*spectrum.ends(runs), *spectrum.negative_part(runs, kept), spectrum.trace_row(runs)]
+        return [*rows, *spectrum.facts(certificate, evaluation, operator), *spectrum.coefficients(runs)]
+    makers = {"exact": _exact, "lissa": _lissa, "batches": _batches, "pyhessian": _pyhessian}
+    return [*makers[method](operator, settings), *spectrum.facts(certificate, evaluation, operator)]
+
+
+def compared(
+    methods: Iterable[str],
+    operator: HessianOperator,
+    certificate: Certificate,
+    evaluation: Evaluation,
+    settings: Settings,
+) -> Rows:
+    """Rows of several methods on the same operator, with what each cost and how far its spectrum is from the best.
+
+    Args:
+        methods: Of ``METHODS``; the exact one is the reference, or else the first that gives a spectrum.
+        operator: Certified.
+        certificate: Its certificate.
+        evaluation: Loss and gradient.
+        settings: Options.
+
+    Returns:
+        Rows whose quantity begins with the method and a colon; ``products_used`` and ``seconds`` are without
+        certificate and gradient, which all share.
+    """
+    found: dict[str, Rows] = {}
+    for method in methods:
+        before, started = operator.num_products, time.perf_counter()
+        rows = rows_of(method, operator, certificate, evaluation, settings)
+        seconds = time.perf_counter() - started
+        own = [row for row in rows if row["quantity"] == "products_used"]
+        spent = own[0]["value"] if own else operator.num_products - before
+        rows = [row for row in rows if row["quantity"] != "products_used"]
+        costs = [{"quantity": "products_used", "value": spent}, {"quantity": "seconds", "value": seconds, "unit": "s"}]
+        found[method] = rows + costs
+    tables = {method: DataFrame(rows) for method, rows in found.items()}
+    with_spectrum = [method for method in found if len(spectrum.measure_of(tables[method])[0])]
+    reference = "exact" if "exact" in found else with_spectrum[0] if with_spectrum else ""
+    for method in with_spectrum:
+        distance = spectrum.wasserstein(tables[method], tables[reference])
+        found[method].append({"quantity": "wasserstein", "value": distance, "unit": "loss"})
+    return [row | {"quantity": f"{method}:{row['quantity']}"} for method, rows in found.items() for row in rows]
+
+
+def _runs(operator: HessianOperator, settings: Settings) -> list[Krylov]:
+    krylovs: list[Krylov] = []
+
+    def step_done(steps: int) -> None:
+        if settings.on_step is not None:
+            settings.on_step(len(krylovs) * settings.steps + steps)
+
+    with operator:
+        for probe in range(settings.probes):
+            seed = settings.seed + 1_000_003 * probe
+            options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": seed}
+            krylovs.append(lanczos(operator.product, operator.size, settings.steps, on_step=step_done, **options))
+    return krylovs
+
+
+def _exact(operator: HessianOperator, settings: Settings) -> Rows:
+    values, asymmetry = eigenvalues(operator, max_bytes=settings.max_bytes, on_step=settings.on_step)
+    return [*spectrum.exact_rows(values), {"quantity": "asymmetry", "value": asymmetry}]
+
+
+def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
+    """Ends and spectrum through the damped inverse, without brackets: what the approximation gives by itself."""
+    with operator:
+        seed, device = settings.seed, operator.device
+        options: dict[str, Any] = {"seed": seed, "device": device}
+        pilot = ritz(lanczos(operator.product, operator.size, PILOT_STEPS, precision=operator.precision, **options))
+        calibration = calibrate(float(pilot.values[0]), float(pilot.values[-1]))
+        found = inverse_eigenvalues(
+            operator.product,
+            operator.size,
+            calibration,
+            min(settings.steps, LISSA_STEPS),
+            on_step=settings.on_step,
+            **options,
+        )
+    values, weights = found.values, found.weights
+    num = min(spectrum.NUM_ENDS, (len(values) + 1) // 2)
+
+    def end(quantity: str, place: int, index: int) -> dict[str, Any]:
+        value, low, high = (float(x[place]) for x in (values, found.lows, found.highs))
+        residual = max(value - low, high - value)
+        sure: dict[str, Any] = {"low": low, "high": high if np.isfinite(high) else np.nan}
+        sure["residual"] = residual if np.isfinite(residual) else np.nan
+        sure["converged"] = float(residual <= 1e-3 * abs(value))
+        return {"quantity": quantity, "index": index, "value": value, "unit": "loss"} | sure
+
+    top, bottom, absolute = values[-1], values[0], float(weights @ np.abs(values))
+    scale = top if top > 0 else float(np.abs(values).max())
+    shares = [("mass_below", tau, values < -tau * scale) for tau in spectrum.TAUS]
+    shares.append(("near_zero_mass", spectrum.TAUS[0], np.abs(values) <= spectrum.TAUS[0] * scale))
+    shares.append(("negative_fraction", 0.0, values < 0))
+    return [
+        end("lambda_max", -1, 0),
+        end("lambda_min", 0, 0),
+        {"quantity": "lambda_ratio", "value": float(max(-bottom, 0.0) / top) if top > 0 else float("nan")},
+        *(end("top_eigenvalue", -rank, rank) for rank in range(1, num + 1)),
+        *(end("bottom_eigenvalue", rank - 1, rank) for rank in range(1, num + 1)),
+        {"quantity": "negative_energy", "value": float(weights @ np.maximum(-values, 0)) / absolute},
+        *({"quantity": name, "tau": tau, "value": float(weights @ inside)} for name, tau, inside in shares),
+        {"quantity": "trace", "value": operator.size * float(weights @ values), "unit": "loss"},
+        {"quantity": "damping", "value": calibration.damping, "unit": "loss"},
+        {"quantity": "scale", "value": calibration.scale, "unit": "loss"},
+        {"quantity": "inner_residual", "value": found.worst_residual},
+        *(
+            {"quantity": "node", "probe": 0, "index": i, "value": value, "weight": weight, "unit": "loss"}
+            for i, (value, weight) in enumerate(zip(values, weights, strict=True))
+        ),
+    ]
+
+
+def _batches(operator: HessianOperator, settings: Settings) -> Rows:
+    """Both ends per mini-batch, NEP and APE of the dominant ones; beside them signed power iteration on the same."""
+    space: dict[str, Any] = {"coordinates": operator.coordinates}
+    options: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "on_step": settings.on_step}
+    found = batch_ends(operator.parameters, operator.loss, operator.batches, **options, **space)
+    rows: Rows = []
+    for end, (quantity, values) in enumerate((("batch_max", found.largest), ("batch_min", found.smallest))):
+        for place, value in enumerate(values):
+            residual = float(found.residuals[place, end])
+            sure = {"residual": residual, "low": value - residual, "high": value + residual}
+            flag = {"converged": float(found.converged[place, end]), "unit": "loss"}
+            rows.append({"quantity": quantity, "index": place, "value": float(value)} | sure | flag)
+    power, spent = [], 0
+    for batch, num in operator.batches:
+        one = HessianOperator(operator.parameters, operator.loss, [(batch, num)], **space)
+        with one:
+            values, products = signed_power(one.product, one.size, seed=settings.seed)
+        power.append(values[0])
+        spent += products
+    rows += [{"quantity": "batch_power", "index": i, "value": float(x), "unit": "loss"} for i, x in enumerate(power)]
+    for prefix, dominant in (("", found.dominant), ("power_", np.array(power))):
+        rows.append({"quantity": f"{prefix}nep", "value": negative_proportion(dominant)})
+        rows.append({"quantity": f"{prefix}ape", "value": average_positive(dominant), "unit": "loss"})
+    return [
+        *rows,
+        {"quantity": "batch_size", "value": float(np.mean(found.sizes))},
+        {"quantity": "num_batches", "value": len(found.sizes)},
+        {"quantity": "products_used", "value": found.num_products},
+        {"quantity": "power_products", "value": spent},
+    ]
+
+
+def _pyhessian(operator: HessianOperator, settings: Settings) -> Rows:
+    found = pyhessian(operator, seed=settings.seed, bystanders=settings.bystanders)
+    values = np.array(found.eigenvalues)
+    positive, negative = np.sort(values[values > 0])[::-1], np.sort(values[values < 0])
+    listed = [("top_eigenvalue", positive), ("bottom_eigenvalue", negative)]
+    rows: Rows = [
+        {"quantity": quantity, "index": rank, "value": float(value), "unit": "loss"}
+        for quantity, some in listed
+        for rank, value in enumerate(some, start=1)
+    ]
+    rows += [{"quantity": "lambda_max", "value": float(values.max()), "unit": "loss"}] if len(positive) else []
+    return [
+        *rows,
+        {"quantity": "trace", "value": found.trace, "unit": "loss"},
+        {"quantity": "products_used", "value": found.eigenvalue_products + found.trace_products},
+        {"quantity": "trace_products", "value": found.trace_products},
+    ]

@@ -1,0 +1,113 @@
+"""Inverse-Hessian-vector products against dense solves; both conventions; divergence and what it says."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssat_probe.measures.inverse import Calibration, calibrate, from_koh_liang, inverse_eigenvalues, krylov_solve, lissa
+
+SIZE = 53
+
+
+@pytest.fixture(scope="module")
+def eigenvalues() -> np.ndarray:
+    return np.sort(np.concatenate([[-0.61, -0.2, 7.3, 4.1], np.random.default_rng(0).normal(0, 0.02, SIZE - 4)]))
+
+
+@pytest.fixture(scope="module")
+def matrix(eigenvalues: np.ndarray) -> torch.Tensor:
+    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((SIZE, SIZE)))[0]
+    return torch.from_numpy(basis * eigenvalues @ basis.T)
+
+
+@pytest.fixture(scope="module")
+def vector() -> torch.Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def solved(matrix: torch.Tensor, damping: float, vector: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve(matrix + damping * torch.eye(SIZE).double(), vector)
+
+
+class TestLissa:
+    def test_equals_the_dense_solve_within_its_true_residual(self, matrix, vector, eigenvalues):
+        calibration = calibrate(eigenvalues[0], eigenvalues[-1])
+        found = lissa(matrix.__matmul__, vector, calibration, tolerance=1e-6)
+        assert found.converged
+        assert found.residual <= 1e-6
+        true = float((matrix @ found.vector + calibration.damping * found.vector - vector).norm() / vector.norm())
+        assert found.residual == pytest.approx(true, rel=1e-6)
+        torch.testing.assert_close(found.vector, solved(matrix, calibration.damping, vector), rtol=0, atol=1e-4)
+
+    def test_is_the_recursion_of_koh_and_liang(self, matrix, vector):
+        damping, scale, depth = 0.1, 11.0, 40
+        theirs = vector
+        for _ in range(depth):
+            theirs = vector + (1 - damping) * theirs - matrix @ theirs / scale
+        ours = lissa(matrix.__matmul__, vector, from_koh_liang(damping, scale), tolerance=0.0, max_steps=depth + 2)
+        torch.testing.assert_close(ours.vector, theirs / scale, rtol=1e-12, atol=1e-14)
+        assert from_koh_liang(damping, scale).in_convention("koh_liang") == pytest.approx((damping, scale))
+        assert from_koh_liang(damping, scale).in_convention("absolute") == pytest.approx((1.1, scale))
+
+    def test_mini_batches_come_near_and_the_residual_is_that_of_all_images(self, matrix, vector):
+        noise = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 400
+        halves = [(matrix + sign * (noise + noise.T)) for sign in (1, -1)]
+        largest = max(float(torch.linalg.eigvalsh(half)[-1]) for half in halves)
+        calibration = calibrate(-0.61, 7.3, largest)
+        products = [half.__matmul__ for half in halves]
+        found = lissa(matrix.__matmul__, vector, calibration, tolerance=0.05, batch_products=products)
+        true = float((matrix @ found.vector + calibration.damping * found.vector - vector).norm() / vector.norm())
+        assert found.converged
+        assert found.residual == pytest.approx(true, rel=1e-6)
+
+    def test_too_few_steps_are_told(self, matrix, vector):
+        found = lissa(matrix.__matmul__, vector, calibrate(-0.61, 7.3), tolerance=1e-9, max_steps=3)
+        assert not found.converged
+        assert found.num_products == 3
+        assert found.residual > 1e-9
+
+    def test_damping_below_the_negative_edge_is_named(self, matrix, vector):
+        with pytest.raises(ValueError, match=r"damping of LiSSA must exceed .*curvature -0\.6.* with damping 0\.3"):
+            lissa(matrix.__matmul__, vector, Calibration(0.3, 8.0))
+
+    def test_scale_below_half_the_largest_is_named(self, matrix, vector):
+        with pytest.raises(
+            ValueError, match=r"scale of LiSSA must exceed half.*curvature 7\.[23].* with scale 3\. Raise"
+        ):
+            lissa(matrix.__matmul__, vector, Calibration(1.0, 3.0))
+
+    def test_calibration_stands_clear_of_both_conditions(self):
+        one = calibrate(-0.5, 9.0, 12.0)
+        assert one.damping == 1.0
+        assert one.scale == pytest.approx(7.8)
+        assert calibrate(0.0, 9.0).damping == pytest.approx(0.45)
+        with pytest.raises(ValueError, match="must be one of absolute, koh_liang, got 'theirs'"):
+            one.in_convention("theirs")
+
+
+class TestKrylovSolve:
+    @pytest.mark.parametrize("solver", ["cg", "minres"])
+    def test_equals_the_dense_solve(self, matrix, vector, solver):
+        found = krylov_solve(matrix.__matmul__, vector, 1.22, solver, tolerance=1e-8)
+        assert found.converged
+        torch.testing.assert_close(found.vector, solved(matrix, 1.22, vector), rtol=0, atol=1e-6)
+
+    def test_minres_needs_no_damping(self, matrix, vector):
+        found = krylov_solve(matrix.__matmul__, vector, 0.05, "minres", tolerance=1e-6)
+        torch.testing.assert_close(found.vector, solved(matrix, 0.05, vector), rtol=1e-3, atol=1e-3)
+
+    def test_unknown_solver(self, vector):
+        with pytest.raises(ValueError, match="must be one of cg, minres, got 'gmres'"):
+            krylov_solve(lambda x: x, vector, 1.0, "gmres")
+
+
+class TestEigenvalues:
+    def test_negative_edge_is_resolved_and_every_interval_holds_one(self, matrix, eigenvalues):
+        calibration = calibrate(eigenvalues[0], eigenvalues[-1])
+        found = inverse_eigenvalues(matrix.__matmul__, SIZE, calibration, 12, tolerance=1e-8)
+        assert found.values[0] == pytest.approx(-0.61, rel=1e-6)
+        assert found.weights.sum() == pytest.approx(1)
+        inside = (found.lows[:, None] <= eigenvalues) & (eigenvalues <= found.highs[:, None])
+        assert inside.any(axis=1).all()
+        assert found.num_products > 12
+        assert found.worst_residual <= 1e-8
