@@ -146,9 +146,12 @@ def _costs(ax: Axes, table: DataFrame, methods: list[str]) -> None:
     ax.barh(range(len(methods)), np.nan_to_num(means), color=[_LOOKS[method]["color"] for method in methods])
     for place, (mean, spent) in enumerate(zip(means, seconds, strict=True)):
         if np.isfinite(mean):
-            ax.text(mean, place, f" {spent:.2g} s" if np.isfinite(spent) else "", va="center", fontsize=7)
+            ax.text(
+                mean, place, f" {spent:.2g} s" if np.isfinite(spent) else "", va="center", fontsize=7, in_layout=False
+            )
     ax.set_yticks(range(len(methods)), [_LABELS[method] for method in methods])
-    ax.set_xscale("log")
+    if np.isfinite(means).any():
+        ax.set_xscale("log")
     ax.margins(x=0.35)
     ax.invert_yaxis()
     drawing.label_axes(ax, "Hessian-vector products", "method", "Cost")

@@ -13,6 +13,7 @@ from ssat_probe.measures.hessian import CHUNK, HessianOperator
 
 _TRIAL = 384  # rows of the random matrix whose eigenvalues are timed; large enough for LAPACK's blocked code
 _COPIES = 2  # matrices of full size that live at once: the Hessian and LAPACK's workspace
+CHUNKS = (1, 4, 16, CHUNK)
 FLOAT64 = 2.0**-52
 
 
@@ -61,7 +62,7 @@ def eigenvalues(
     *,
     max_bytes: int = 2 * 2**30,
     max_seconds: float = float("inf"),
-    chunk: int = CHUNK,
+    chunk: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Float64[np.ndarray, " eigenvalue"], float]:
     """All eigenvalues, and how far the computed matrix was from symmetric.
@@ -70,7 +71,7 @@ def eigenvalues(
         operator: Of a model in float64.
         max_bytes: Refuse to take more memory for matrices.
         max_seconds: Refuse to take longer, by the estimate of `cost`.
-        chunk: Vectors per batched product.
+        chunk: Vectors per batched product; 0 means the fastest, by a short measurement.
         on_step: Called with the number of products so far.
 
     Returns:
@@ -85,13 +86,13 @@ def eigenvalues(
             "Convert it with .double()."
         )
     refuse(operator, max_bytes)
-    expected = cost(operator, chunk) if max_seconds < float("inf") else None
+    expected = cost(operator, chunk or CHUNK) if max_seconds < float("inf") else None
     if expected is not None and expected.seconds > max_seconds:
         raise ValueError(
             f"An exact spectrum must take at most {max_seconds:.3g} s, got an estimate of {expected.seconds:.3g} s for "
             f"{operator.size} parameters. {_what_fits(operator, _fitting(expected, max_seconds))}"
         )
-    size = operator.size
+    size, chunk = operator.size, chunk or fastest_chunk(operator)
     matrix = np.zeros((size, size))
     with operator:
         for start in range(0, size, chunk):
@@ -103,6 +104,26 @@ def eigenvalues(
                 on_step(stop)
     asymmetry = _symmetrise(matrix)
     return scipy.linalg.eigvalsh(matrix, overwrite_a=True, check_finite=False), asymmetry
+
+
+def fastest_chunk(operator: HessianOperator) -> int:
+    """Vectors per batched product that cost least each, from one timed product of each size.
+
+    Args:
+        operator: As it will be used.
+
+    Returns:
+        One of ``CHUNKS``; large for small models, 1 where the batch fills the caches by itself.
+    """
+    seconds: dict[int, float] = {}
+    with operator:
+        operator.product(torch.ones(operator.size, dtype=torch.float64, device=operator.device))  # makes the graph
+        for chunk in CHUNKS:
+            units = torch.eye(min(chunk, operator.size), operator.size, dtype=torch.float64, device=operator.device)
+            started = time.perf_counter()
+            operator.products(units)
+            seconds[chunk] = (time.perf_counter() - started) / len(units)
+    return min(seconds, key=lambda chunk: seconds[chunk])
 
 
 def refuse(operator: HessianOperator, max_bytes: int) -> None:

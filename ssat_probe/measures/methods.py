@@ -19,7 +19,7 @@ from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 from ssat_probe.measures.peers import pyhessian
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
-LISSA_STEPS = 30  # outer Lanczos steps at most: each takes some hundred products; the negative edge comes first
+LISSA_STEPS = 20  # outer Lanczos steps at most: each takes some hundred products; the negative edge comes first
 PILOT_STEPS = 40  # of the Lanczos run that calibrates LiSSA; both ends of a network's Hessian are found by then
 
 Rows = list[dict[str, Any]]
@@ -92,7 +92,8 @@ def compared(
         rows = [row for row in rows if row["quantity"] != "products_used"]
         costs = [{"quantity": "products_used", "value": spent}, {"quantity": "seconds", "value": seconds, "unit": "s"}]
         found[method] = rows + costs
-    tables = {method: DataFrame(rows) for method, rows in found.items()}
+    blank = {"probe": -1, "index": 0, "weight": np.nan, "converged": np.nan}
+    tables = {method: DataFrame([blank | row for row in rows]) for method, rows in found.items()}
     with_spectrum = [method for method in found if len(spectrum.measure_of(tables[method])[0])]
     reference = "exact" if "exact" in found else with_spectrum[0] if with_spectrum else ""
     for method in with_spectrum:

@@ -104,6 +104,8 @@ def coefficients(krylovs: Sequence[Krylov]) -> Iterator[dict[str, Any]]:
 
 def runs_of(table: DataFrame) -> list[Krylov]:
     """The runs of one checkpoint, from its table."""
+    if not (table["quantity"] == "alpha").any():
+        return []
     size, precision = int(entry_of(table, "num_parameters")["value"]), float(entry_of(table, "precision")["value"])
     runs = []
     for probe in sorted(table.loc[table["quantity"] == "alpha", "probe"].unique()):
@@ -124,7 +126,9 @@ def entry_of(table: DataFrame, quantity: str, tau: float | None = None) -> dict[
 
 
 def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"]) -> list[dict[str, Any]]:
-    """The same quantities from all eigenvalues: every bracket is a point.
+    """The same quantities from all eigenvalues: every bracket is a point, but that of the share below zero.
+
+    An eigenvalue within rounding of zero has no sign: `low` counts those surely negative, `high` the doubtful too.
 
     Args:
         eigenvalues: Of the whole matrix, ascending.
@@ -136,6 +140,7 @@ def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"]) -> list[dict[str
     scale = top if top > 0 else float(np.abs(eigenvalues).max())
     absolute = float(np.abs(eigenvalues).sum())
     energy = -float(eigenvalues[eigenvalues < 0].sum()) / absolute if absolute > 0 else float("nan")
+    rounding = len(eigenvalues) * 2.0**-52 * float(np.abs(eigenvalues).max())
     num = min(NUM_ENDS, (len(eigenvalues) + 1) // 2)
 
     def known(quantity: str, value: float, index: int = 0, **more: Any) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"]) -> list[dict[str
         known("negative_energy", energy, unit="", residual=np.nan, converged=np.nan),
         *(share("mass_below", tau, eigenvalues < -tau * scale) for tau in TAUS),
         share("near_zero_mass", TAUS[0], np.abs(eigenvalues) <= TAUS[0] * scale),
-        share("negative_fraction", 0.0, eigenvalues < 0),
+        share("negative_fraction", 0.0, eigenvalues < -rounding) | {"high": float(np.mean(eigenvalues < rounding))},
         known("trace", float(eigenvalues.sum())),
         *(known("eigenvalue", value, i + 1) for i, value in enumerate(eigenvalues)),
     ]

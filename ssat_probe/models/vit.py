@@ -13,9 +13,9 @@ from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_
 
 # Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base. Decoders: the official code of
 # Das et al. (2024). vit_nano and vit_pico are ours: six blocks, so that depth can be looked at, in under 60,000
-# parameters; and some 3,000 parameters, so that the whole Hessian is computed in seconds.
+# parameters; and some 3,000 parameters, so that the whole Hessian can be computed.
 VARIANTS = {
-    "vit_pico": {"dim": 8, "depth": 5, "heads": 2, "mlp_ratio": 2, "decoder": (1, 8, 2)},
+    "vit_pico": {"dim": 12, "depth": 2, "heads": 3, "mlp_ratio": 2, "decoder": (1, 8, 2)},
     "vit_nano": {"dim": 32, "depth": 6, "heads": 4, "mlp_ratio": 2, "decoder": (2, 16, 4)},
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6, "mlp_ratio": 4, "decoder": (2, 128, 16)},

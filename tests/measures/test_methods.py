@@ -1,0 +1,90 @@
+"""The ways to a spectrum side by side, on a small network whose Hessian is known."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pandas import DataFrame
+from torch import nn
+
+from ssat_probe.measures.certificate import certify
+from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
+from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
+
+
+@pytest.fixture(scope="module")
+def operator() -> HessianOperator:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(3, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+    images, labels = torch.randn(17, 3).double(), torch.randint(3, (17,))
+    pairs = [((x, y), len(x)) for x, y in zip(images.split(7), labels.split(7), strict=True)]
+    return HessianOperator(dict(net.named_parameters()), lambda b: F.cross_entropy(net(b[0]), b[1]), pairs)
+
+
+@pytest.fixture(scope="module")
+def exact(operator: HessianOperator) -> np.ndarray:
+    return torch.linalg.eigvalsh(dense(operator)).numpy()
+
+
+@pytest.fixture(scope="module")
+def table(operator: HessianOperator) -> DataFrame:
+    rows = compared(METHODS, operator, certify(operator), operator.evaluate(), Settings(steps=30))
+    defaults = dict.fromkeys(("tau", "low", "high", "standard_error", "residual", "converged", "weight"), np.nan)
+    return DataFrame([{"probe": -1, "index": 0, "unit": ""} | defaults | row for row in rows])
+
+
+def test_every_method_names_its_rows(table):
+    assert methods_in(table) == list(METHODS)
+    for method in METHODS:
+        assert entry_of(rows_by(table, method), "products_used")["value"] > 0
+        assert entry_of(rows_by(table, method), "seconds")["value"] > 0
+
+
+@pytest.mark.parametrize("method", ["lanczos", "exact", "lissa"])
+def test_ends_are_those_of_the_dense_hessian(table, exact, method):
+    rows = rows_by(table, method)
+    for quantity, true in (("lambda_max", exact[-1]), ("lambda_min", exact[0])):
+        found = entry_of(rows, quantity)
+        assert found["value"] == pytest.approx(true, rel=5e-2 if method == "lissa" else 1e-6)
+        assert not found["low"] > true + 1e-9 * exact[-1]
+        assert not found["high"] < true - 1e-9 * exact[-1]
+
+
+def test_exact_counts_what_is_negative(table, exact):
+    rows = rows_by(table, "exact")
+    share = entry_of(rows, "negative_fraction")
+    assert share["low"] <= (exact < 0).mean() <= share["high"]
+    assert share["high"] > share["low"]  # shifts that softmax and normalisation do not see: zeros without a sign
+    energy = -exact[exact < 0].sum() / np.abs(exact).sum()
+    assert entry_of(rows, "negative_energy")["value"] == pytest.approx(energy)
+    assert entry_of(rows, "trace")["value"] == pytest.approx(exact.sum())
+    assert entry_of(rows, "asymmetry")["value"] < 1e-12
+
+
+def test_distances_are_to_the_exact_spectrum(table, exact):
+    distances = {m: entry_of(rows_by(table, m), "wasserstein")["value"] for m in ("lanczos", "exact", "lissa")}
+    assert distances["exact"] == 0
+    assert 0 < distances["lanczos"] < 0.05 * exact[-1]
+    assert not (table["quantity"] == "pyhessian:wasserstein").any()
+
+
+def test_batches_give_shares_and_means_of_their_dominant_ends(table):
+    rows = rows_by(table, "batches")
+    largest, smallest = (rows.loc[rows["quantity"] == name, "value"].to_numpy() for name in ("batch_max", "batch_min"))
+    assert len(largest) == len(smallest) == 3
+    dominant = np.where(largest >= -smallest, largest, smallest)
+    assert entry_of(rows, "nep")["value"] == pytest.approx((dominant < 0).mean())
+    assert entry_of(rows, "ape")["value"] == pytest.approx(dominant[dominant > 0].mean())
+    power = rows.loc[rows["quantity"] == "batch_power", "value"].to_numpy()
+    assert power == pytest.approx(dominant, rel=0.2)
+
+
+def test_pyhessian_has_the_largest(table, exact):
+    assert entry_of(rows_by(table, "pyhessian"), "lambda_max")["value"] == pytest.approx(exact[-1], rel=1e-2)
+
+
+def test_one_method_alone_has_no_prefix(operator):
+    rows = rows_of("exact", operator, certify(operator), operator.evaluate(), Settings())
+    assert methods_in(DataFrame(rows)) == []
+    assert sum(row["quantity"] == "eigenvalue" for row in rows) == operator.size

@@ -1,0 +1,67 @@
+"""Figures of methods side by side and of mini-batches: labels, data, and what is missing is left out."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssat_probe import curvature_drawing
+from ssat_probe.probe import measure_all
+from ssat_probe.probes import hessian
+from ssat_probe.sample import Sample
+
+PARAMS = ("norm.*", "head.*")
+
+
+def table(checkpoints: dict[str, Path], **options: object) -> pd.DataFrame:
+    probe = hessian.Probe(steps=12, params=PARAMS, **options)
+    sample = Sample(num_images=11, batch_size=4, device="cpu", dtype="float64")
+    found = measure_all(probe, list(checkpoints.values()), sample)[0]
+    return pd.read_csv(io.StringIO(found.to_csv(index=False)))
+
+
+@pytest.fixture(scope="module")
+def compared(checkpoints: dict[str, Path]) -> pd.DataFrame:
+    return table(checkpoints, compare=("lanczos", "lissa", "exact", "pyhessian"))
+
+
+def test_comparison_shows_each_training_method_and_each_curvature_method(compared):
+    figure = hessian.Probe().draw(compared)
+    figure.canvas.draw()
+    titles = {ax.get_title(loc="left") for ax in figure.axes}
+    assert {"SSAT: spectrum", "SSL+FT: negative part", "scratch: spectrum", "Cost"} <= titles
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"exact", "Lanczos", "LiSSA", "PyHessian"}
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
+    one = compared[compared["method"] == "ssat"]
+    assert len(curvature_drawing.draw(one).axes) == 5
+
+
+def test_summary_has_a_row_per_checkpoint_and_method(compared):
+    shown = hessian.Probe().summary(compared)
+    assert shown["by"].tolist() == 3 * ["lanczos", "lissa", "exact", "pyhessian"]
+    assert len(shown.columns) <= 12
+    assert (shown.loc[shown["by"] == "exact", "wasserstein"] == "0").all()
+
+
+def test_mini_batches(checkpoints):
+    found = table(checkpoints, method="batches")
+    figure = hessian.Probe().draw(found)
+    figure.canvas.draw()
+    assert [ax.get_ylabel() for ax in figure.axes] == ["share of mini-batches per unit", "NEP", "APE [loss]"]
+    assert (found["quantity"] == "batch_max").sum() == 3 * 3
+    assert list(hessian.Probe().summary(found))[:3] == ["checkpoint", "nep", "ape"]
+
+
+def test_exact_alone_is_drawn_as_a_spectrum(checkpoints):
+    found = table(checkpoints, method="exact")
+    figure = hessian.Probe().draw(found)
+    figure.canvas.draw()
+    assert len(figure.axes) == 6
+    assert np.isfinite(found.loc[found["quantity"] == "negative_energy", "value"]).all()
+
+
+@pytest.mark.parametrize("method", ["lissa", "pyhessian"])
+def test_a_method_alone_is_drawn(checkpoints, method):
+    hessian.Probe().draw(table({"ssat": checkpoints["ssat"]}, method=method)).canvas.draw()
