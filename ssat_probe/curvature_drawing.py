@@ -75,7 +75,7 @@ def _spectra(whole: Axes, negative: Axes, table: DataFrame, label: str) -> None:
             if method == "pyhessian":
                 points = rows.loc[rows["quantity"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"]
                 inside = points[(points >= grid[0]) & (points <= grid[-1])]
-                ax.plot(inside, [2e-1] * len(inside), **{**look, "linestyle": ""}, clip_on=False, label="PyHessian")
+                ax.plot(inside, [2e-1] * len(inside), **{**look, "linestyle": ""}, label="PyHessian")
                 continue
             curve = smoothed(rows, grid, bulk, _NARROW)
             if method == "exact":
