@@ -185,7 +185,7 @@ def test_a_word_that_makes_no_sense(refused: Run, words: str, sentence: str) -> 
 
 def test_a_device_that_is_not_here_for_a_probe(refused: Run, checkpoints: Paths) -> None:
     said = refused("accuracy", "--ckpt", checkpoints["ssat"], "--device", "abacus")
-    assert said == "device must be one that is here, got 'abacus'; use cpu, or leave it out."
+    assert said == "device must be one that is here and has float64, got 'abacus'; use cpu, or leave it out."
 
 
 def test_an_output_folder_that_cannot_be_written(refused: Run, checkpoints: Paths, tmp_path: Path) -> None:
