@@ -1,9 +1,12 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
+from timm.models.vision_transformer import VisionTransformer
 
 from ssat_probe import probe
 from ssat_probe.probes.heads import Probe
@@ -75,3 +78,22 @@ def test_capture_is_checked_and_hooks_are_gone_after_a_failure(checkpoints: Path
     with pytest.raises(ValueError, match=r"blocks\.2\.attn: captured weights @ values must equal"):
         Probe().measure(subject)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"), [({}, 1), ({"class_token": False, "global_pool": "avg"}, 0), ({"reg_tokens": 4}, 5)]
+)
+def test_class_and_register_tokens_and_oblong_grids_of_timms_models(options: dict[str, Any], prefix: int) -> None:
+    torch.manual_seed(5)
+    sizes = {"img_size": (6, 10), "patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 3}
+    model = VisionTransformer(**sizes, num_classes=2, **options).eval().double()
+    batch = SimpleNamespace(images=torch.randn(3, 1, 6, 10, dtype=torch.float64), ids=torch.arange(3))
+    table = Probe().measure(SimpleNamespace(model=model, batches=lambda: iter([batch])))  # type: ignore[arg-type]
+    # Fresh weights attend nearly uniformly: the prefix gets its share of the tokens.
+    np.testing.assert_allclose(table["mass_to_prefix"], prefix / (15 + prefix), rtol=0.05)
+    assert (table["entropy_prefix"] > 1e-3).all() == (prefix > 1)
+    assert table["mass_prefix_to_prefix"].isna().all() == (prefix == 0)
+    place = np.stack(np.divmod(np.arange(15), 5), 1) * 2.0
+    uniform = np.sqrt(((place[:, None] - place[None]) ** 2).sum(-1)).mean()
+    np.testing.assert_allclose(table["distance_uniform"], uniform)
+    np.testing.assert_allclose(table["distance_normalised"], 1, rtol=0.05)
