@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,8 +65,10 @@ class Foreign:
     preparation: Preparation
     report: Report
     model: nn.Module
+    make: Callable[[], nn.Module]
+    "The same architecture with random weights, from torch's global generator."
     decoder_: nn.Module | None = None
-    epoch: str = ""
+    epoch: int | str = ""
     stage: str = ""
 
     @property
@@ -88,6 +91,11 @@ class Foreign:
         """Encoder with its head; the same module every time, in training mode."""
         assert self.hash  # taken while the weights are as the file had them
         return self.model.train()
+
+    def untrained(self) -> "Foreign":
+        """The same architecture with random weights of seed 0, without a decoder."""
+        report = Report(self.report.layout, fraction=1.0, note="untrained twin")
+        return dataclasses.replace(self, model=seeded(0, self.make), decoder_=None, epoch=0, report=report)
 
     def decoder(self) -> nn.Module | None:
         """Decoder, or none; the same module every time, in training mode."""
@@ -156,7 +164,7 @@ def _of_file(
     report = dataclasses.replace(report, resized=report.resized | resized)
     config = resolve_model_data_config(model) if name else {"mean": converted.mean, "std": converted.std}
     label = f"{path.stem}-{entry}" if entry not in ("", "model", "state_dict") else path.stem
-    return _foreign(path, label, name or f"{layout} ViT", classes, model, decoder, report, config, source)
+    return _foreign(path, label, name or f"{layout} ViT", classes, model, make, decoder, report, config, source)
 
 
 def _of_timm(words: str, source: Source, data: str, data_dir: Path | None) -> Foreign:
@@ -170,16 +178,24 @@ def _of_timm(words: str, source: Source, data: str, data_dir: Path | None) -> Fo
     if choice == "pretrained":
         return _pretrained(words, name, source, data_dir)
     classes = _classes(source.trained_on or data, data_dir, None)
-    model = seeded(int(found[3] or 0), lambda: timm_model(name, source, len(classes) or None))
+
+    def make() -> nn.Module:
+        return timm_model(name, source, len(classes) or None)
+
+    model = seeded(int(found[3] or 0), make)
     report = Report(f"{TIMM}{name}", note="untrained, a head for the classes of the images", fraction=1.0)
     label = f"{name}-untrained" + (f"-{found[3]}" if found[3] else "")
     config = resolve_model_data_config(model)
-    made = _foreign(Path(words), label, name, classes, model, None, report, config, source)
+    made = _foreign(Path(words), label, name, classes, model, make, None, report, config, source)
     return dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, seed=found[3] or "0", data=""))
 
 
 def _pretrained(words: str, name: str, source: Source, data_dir: Path | None) -> Foreign:
     """A model of timm's with the weights of its hub."""
+
+    def make() -> nn.Module:
+        return timm_model(name, source, None)
+
     model = seeded(0, lambda: timm_model(name, source, None, pretrained=True))
     own = tuple(model.pretrained_cfg.get("input_size", ())[1:])  # type: ignore[union-attr, operator]
     size = _size_of(model)
@@ -196,7 +212,7 @@ def _pretrained(words: str, name: str, source: Source, data_dir: Path | None) ->
     loaded = tuple(model.state_dict())
     report = Report(f"{TIMM}{name}", loaded=loaded, resized=resized, fraction=1.0, note="weights of timm's hub")
     config = resolve_model_data_config(model)
-    return _foreign(Path(words), f"{name}-pretrained", name, classes, model, None, report, config, source)
+    return _foreign(Path(words), f"{name}-pretrained", name, classes, model, make, None, report, config, source)
 
 
 def _foreign(
@@ -205,6 +221,7 @@ def _foreign(
     name: str,
     classes: tuple[str, ...],
     model: nn.Module,
+    make: Callable[[], nn.Module],
     decoder: nn.Module | None,
     report: Report,
     config: dict[str, Any],
@@ -221,7 +238,7 @@ def _foreign(
     facts = Facts(classes, size, channels, mean, std, False, "", "", "")
     preparation = Preparation(size, channels, config.get("crop_pct") or 1.0, config.get("interpolation", "bicubic"))
     origin = Origin(name, source.trained_on, size, patch)
-    return Foreign(path, label, origin, facts, preparation, report, model, decoder)
+    return Foreign(path, label, origin, facts, preparation, report, model, make, decoder)
 
 
 def _classes(data: str, data_dir: Path | None, num_classes: int | None) -> tuple[str, ...]:

@@ -101,17 +101,14 @@ class Subject:
 
         Returns:
             A subject of epoch 0 without a decoder.
-
-        Raises:
-            ValueError: If the weights are foreign: then the seed of the initialisation is not known.
         """
+        checkpoint: Checkpoint | Foreign
         if isinstance(self.checkpoint, Foreign):
-            raise ValueError(
-                f"An untrained twin needs a checkpoint of ssat-probe, got {self.checkpoint.path}; "
-                "give timm:NAME as one more --ckpt instead."
-            )
-        model = build_encoder(self.checkpoint.recipe, self.checkpoint.facts)
-        checkpoint = replace(self.checkpoint, epoch=0, state=model.state_dict())
+            checkpoint = self.checkpoint.untrained()
+            model = checkpoint.encoder()
+        else:
+            model = build_encoder(self.checkpoint.recipe, self.checkpoint.facts)
+            checkpoint = replace(self.checkpoint, epoch=0, state=model.state_dict())
         return replace(self, checkpoint=checkpoint, model=model.to(self.device, self.dtype).eval(), decoder=None)
 
     @property

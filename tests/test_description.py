@@ -20,8 +20,9 @@ def test_our_own_checkpoint(checkpoints: dict[str, Path]) -> None:
     assert "model: vit_nano (Model), " in text
     assert "tokens: grid 4 x 4 of patches 2 x 2; 1 before the patches (1 class)" in text
     assert "blocks 0 to 5: 4 heads, 17 queries x 17 keys, scores visible, fused softmax" in text
-    for name in names("probes"):
+    for name in ("accuracy", "attention", "hessian", "variance"):
         assert f"  {name}: applies" in text
+    assert all(f"\n  {name}: " in text for name in names("probes"))
 
 
 def test_foreign_weights_say_what_became_of_each_tensor(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_a_probe_that_does_not_apply_says_why(tmp_path: Path) -> None:
     assert verdicts["accuracy"].startswith("does not apply: The classes of ")
     assert verdicts["hessian"].startswith("does not apply: The classes of ")
     untrained = probes_that_apply(f"timm:{NAME}", Sample(data="digits", device="cpu"), Source(img_size=(32,)))
-    assert set(untrained.values()) == {"applies"}
+    assert {untrained[name] for name in ("accuracy", "attention", "hessian", "variance")} == {"applies"}
 
 
 def test_memory_is_that_of_the_results_alive_at_once() -> None:
