@@ -347,7 +347,7 @@ def test_options_of_a_probe_from_a_yaml_file(run: Run, checkpoints: Paths, tmp_p
     (tmp_path / "a.yaml").write_text("queries: cls\nblocks: [1, 3]\nnum_images: 11\nout: there\n")
     run("attention", "--ckpt", checkpoints["ssat"], "--config", "a.yaml", "--device", "cpu")
     record = json.loads((tmp_path / "there" / "attention.json").read_text())
-    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 3]}
+    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 3], "untrained_twin": False}
 
 
 def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
