@@ -17,6 +17,7 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from ssat_probe import analysis, report
+from ssat_probe.data import cifar10
 from ssat_probe.models import vit
 from ssat_probe.registry import PACKAGE
 
@@ -137,13 +138,13 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
     for name, count in counts.items():
         data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(count)]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(cifar10.FACTS.classes)}))
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in counts if name != "test_batch"])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
-    monkeypatch.setattr("ssat_probe.data.cifar10.NUM_IMAGES", {"train": 100, "test": 20})
-    monkeypatch.setattr("ssat_probe.data.cifar10.CLASSES", tuple("abcdefghij"))
+    monkeypatch.setitem(cifar10.NUM_IMAGES, "train", 100)
+    monkeypatch.setitem(cifar10.NUM_IMAGES, "test", 20)
     narrow = vit.VARIANTS["vit_tiny"] | {"dim": 24, "decoder": (2, 16, 2)}  # as deep as it is, to be quick
     monkeypatch.setitem(vit.VARIANTS, "vit_tiny", narrow)
     chosen = analysis.read(FOLDER / "cifar10.yaml", is_smoke=True)
