@@ -42,10 +42,11 @@ Progress = Callable[[int, int, str], None]
 class Probe(Protocol):
     """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
 
-    Two things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    Three things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
     another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
-    compare checkpoints. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained network of each
-    architecture and seed as if it were one more checkpoint.
+    compare checkpoints. A property ``num_steps`` says how many steps ``measure(subject, on_step=...)`` tells of, where
+    one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
+    network of each architecture and seed as if it were one more checkpoint.
     """
 
     split: ClassVar[str]
@@ -143,11 +144,20 @@ def measure_all(
     if hasattr(probe, "between"):
         tables = list(probe.between(iter(subjects)))
     else:
-        tables = [probe.measure(subject) for _, subject in subjects]
+        tables = [_measured(probe, subject, label, progress) for label, subject in subjects]
     tables = [_with_identity(table, one) for table, one in zip(tables, subjects.identities, strict=True)]
     progress(len(paths), len(paths), "")
     record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started)
     return pd.concat(tables, ignore_index=True), record
+
+
+def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress) -> "DataFrame":
+    """The probe's table; one that takes minutes a checkpoint says how many of its steps it has done."""
+    num_steps: int = getattr(probe, "num_steps", 0)
+    if not num_steps:
+        return probe.measure(subject)
+    steps: Any = {"on_step": lambda step: progress(min(step, num_steps), num_steps, label)}
+    return probe.measure(subject, **steps)
 
 
 def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float) -> dict[str, Any]:

@@ -132,3 +132,11 @@ def test_folders_of_results_are_named_by_what_was_measured(tmp_path: Path) -> No
     names = {probe.folder_name(paths) for paths in ([one], [other], [one, other], [other, one])}
     assert len(names) == 4
     assert probe.folder_name([one]) == probe.folder_name([tmp_path / "run" / ".." / "run" / "ssat.pt"])
+
+
+def test_a_long_measurement_tells_how_far_it_is(checkpoints: dict[str, Path]) -> None:
+    told: list[tuple[int, int, str]] = []
+    sample = Sample(num_images=5, device="cpu")
+    hessian = probe.make("hessian", steps=3)
+    probe.measure_all(hessian, [checkpoints["scratch"]], sample, lambda *news: told.append(news))
+    assert [news[:2] for news in told if news[2].endswith("scratch-seed0")] == [(1, 3), (2, 3), (3, 3)]

@@ -63,6 +63,11 @@ class Probe:
         Column("unit", "", "of value, low, high, standard_error, residual; 'loss' is loss per squared parameter unit"),
     )
 
+    @property
+    def num_steps(self) -> int:
+        """Products that a run will take and tell of; 0 where the method does not know beforehand."""
+        return self.steps * self.probes if self.method == "lanczos" and not self.compare else 0
+
     def measure(self, subject: "Subject", on_step: Callable[[int], None] | None = None) -> "DataFrame":
         """Certified spectrum of the mean loss over the subject's images.
 
