@@ -1,5 +1,6 @@
 """The README shows what the committed run gave, its links lead somewhere, and its commands work."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,9 @@ EXAMPLES = sorted((ROOT / "checkpoints").glob("vit_nano-digits-*-seed0/*.pt"))
 
 @pytest.mark.parametrize("name", ["comparison.md", "claims.md"])
 def test_tables_are_those_of_the_committed_run(name: str) -> None:
+    date = json.loads((RESULTS / "analysis.json").read_text(encoding="utf-8"))["date"]
+    if f"<!-- run of {date} -->" not in README:
+        pytest.skip("make reproduce has been run here since, so the committed tables are no longer in figures/")
     rows = [line for line in (RESULTS / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert "\n".join(rows) in README
 
