@@ -1,5 +1,6 @@
 """Command line: words in, calls out; the only module that prints or exits."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -300,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except (ValueError, FileNotFoundError, FloatingPointError, PermissionError) as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         _fail("Interrupted; the same command goes on from here.", status=130)
 

@@ -387,3 +387,9 @@ def test_a_checkpoint_is_exported(run: Run, refused: Run, checkpoints: Paths) ->
         assert Path(name).is_file()
     assert "applies" in run("describe", "--ckpt", "d.safetensors", "--device", "cpu")
     assert refused("export", "--ckpt", checkpoints["scratch"], "--to", "mae").endswith("files without a decoder.")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m ssat_probe list | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("models:\n", "")
