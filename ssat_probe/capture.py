@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,26 @@ class Attention:
     "True for scores before softmax, False for weights after it, where the operation does not show its scores."
     is_valid: Tensor | None
     "True for keys that a query may attend to, broadcasts against (batch, head, query, key); None means all."
+    first_query: int = 0
+    "Position of the first query among those of the operation, where it is handed over in chunks of queries."
+
+    def part(self, queries: slice, keys: slice) -> "Attention":
+        """What this chunk holds of some queries and keys.
+
+        Args:
+            queries: Positions among all queries of the operation.
+            keys: Positions of keys.
+
+        Returns:
+            Rows and valid keys cut to these; perhaps no query.
+        """
+        start, stop, _ = queries.indices(self.first_query + self.rows.shape[2])
+        here = slice(max(start - self.first_query, 0), max(stop - self.first_query, 0))
+        is_valid = self.is_valid
+        if is_valid is not None:
+            is_valid = is_valid.expand(*is_valid.shape[:2], *self.rows.shape[2:])[:, :, here, keys]
+        first = self.first_query + here.start
+        return replace(self, rows=self.rows[:, :, here, keys], is_valid=is_valid, first_query=first)
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ def attention(
     *,
     only: Sequence[int] = (),
     is_checked: bool = True,
+    most_weights: int = 0,
 ) -> Iterator[dict[int, float]]:
     """Hand the attention of every block to ``reduce`` while the model runs once within the context.
 
@@ -112,6 +133,8 @@ def attention(
         reduce: Gets one operation at a time, in the order of the forward pass; what it does not keep is freed.
         only: Blocks to capture; empty means every block.
         is_checked: Compare weights @ values with what the operation itself returned. Costs another attention.
+        most_weights: Weights handed over at a time, in chunks of queries, which bounds the memory; 0 means a whole
+            operation.
 
     Yields:
         Largest absolute error of that comparison by block, filled while the model runs. NaN where the product with
@@ -129,7 +152,7 @@ def attention(
     names = {known[modules[block]]: block for block in expected}
     errors: dict[int, float] = {}
     with ExitStack() as stack:
-        mode = _AttentionMode(reduce, names, errors, is_checked)
+        mode = _AttentionMode(reduce, names, errors, is_checked, most_weights)
         for name, module in model.named_modules():
             _follow(stack, module, name, mode.callers)
         stack.enter_context(mode)
@@ -225,6 +248,7 @@ class _AttentionMode(TorchFunctionMode):
         names: Mapping[str, int],
         errors: dict[int, float],
         is_checked: bool,
+        most_weights: int,
     ) -> None:
         super().__init__()
         self.callers: list[str] = []
@@ -233,6 +257,7 @@ class _AttentionMode(TorchFunctionMode):
         self._names = names
         self._errors = errors
         self._is_checked = is_checked
+        self._most_weights = most_weights
         self._softmax: tuple[Attention, Tensor] | None = None  # waits for its product with the values
         self._watchers: dict[Callable[..., Any], Callable[..., None]] = {
             F.scaled_dot_product_attention: self._see_fused,
@@ -259,13 +284,24 @@ class _AttentionMode(TorchFunctionMode):
         return next((self._names[name] for name in reversed(self.callers) if name in self._names), None)
 
     def _hand_over(self, seen: Attention) -> None:
-        if seen.has_scores and not (seen.rows < torch.inf).all():
+        """A whole operation, in chunks."""
+        self.counts[seen.block] += 1
+        self._errors.setdefault(seen.block, math.nan)
+        for queries in self._chunks(seen.rows.shape):
+            self._reduce_finite(seen.part(queries, slice(None)))
+
+    def _reduce_finite(self, seen: Attention) -> None:
+        if seen.has_scores and not seen.rows.amax() < torch.inf:
             raise ValueError(
                 f"{seen.name}: scores of attention must be finite, got NaN or infinity. Check the weights."
             )
-        self.counts[seen.block] += 1
-        self._errors.setdefault(seen.block, math.nan)
         self._reduce(seen)
+
+    def _chunks(self, shape: Sequence[int]) -> Iterator[slice]:
+        """Queries to hand over at a time, of an operation on (batch, head, query, key)."""
+        size = max(1, self._most_weights // math.prod((*shape[:2], shape[3]))) if self._most_weights else shape[2]
+        for start in range(0, shape[2], size):
+            yield slice(start, min(start + size, shape[2]))
 
     def _see_fused(
         self,
@@ -284,20 +320,27 @@ class _AttentionMode(TorchFunctionMode):
             return
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-        scores = _wide(query) @ _wide(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        is_valid = None
-        if is_causal:
-            is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()[None, None]
-        elif attn_mask is not None:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
-            is_valid = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
-            scores = scores if attn_mask.dtype == torch.bool else scores + attn_mask
-        if is_valid is not None:
-            scores = scores.masked_fill(~is_valid, -torch.inf)
-        seen = Attention(block, self.callers[-1], scores, True, is_valid)
-        if self._is_checked:
-            self._check(seen, value, result)
-        self._hand_over(seen)
+            attn_mask = attn_mask.expand(*attn_mask.shape[:2], query.shape[2], key.shape[2])
+        self.counts[block] += 1
+        for queries in self._chunks((*query.shape[:3], key.shape[2])):
+            scores = _wide(query[:, :, queries]) * scale @ _wide(key).mT
+            is_valid = None
+            if is_causal:
+                is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(queries.start)[None, None]
+            elif attn_mask is not None:
+                mask = attn_mask[:, :, queries]
+                is_valid = mask if mask.dtype == torch.bool else ~mask.isneginf()
+                scores = scores if mask.dtype == torch.bool else scores + mask
+            if is_valid is not None:
+                scores = scores.masked_fill(~is_valid, -torch.inf)
+            seen = Attention(block, self.callers[-1], scores, True, is_valid, queries.start)
+            if self._is_checked:
+                self._check(seen, value, result[:, :, queries])
+            self._errors.setdefault(block, math.nan)
+            self._reduce_finite(seen)
 
     def _see_softmax(
         self, block: int, result: Tensor, input: Tensor, dim: int | None = None, *others: Any, **more: Any
@@ -348,7 +391,7 @@ class _AttentionMode(TorchFunctionMode):
                 f"{seen.name}: captured weights @ values must equal the operation's own output within {tolerance:.2g}, "
                 f"got a difference of {error:.2g}. This attention is not what was captured; do not trust its measures."
             )
-        self._errors[seen.block] = error
+        self._errors[seen.block] = max(error, self._errors.get(seen.block, 0.0))
 
 
 def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:

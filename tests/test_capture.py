@@ -276,6 +276,55 @@ def test_attention_is_handed_over_one_block_at_a_time():
     assert len(alive) == DEPTH
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("most_weights", [1, 3 * IMAGES * HEADS * (PATCHES + 1), 10**9])
+def test_chunks_of_queries_are_the_rows_of_the_whole_and_no_larger_than_allowed(most_weights: int, is_fused: bool):
+    model, x = make(is_fused=is_fused).double(), images(torch.float64)
+    whole, _ = captured(model, x)
+    chunks, errors = captured(model, x, most_weights=most_weights)
+    assert all(one.rows.numel() <= max(most_weights, IMAGES * HEADS * (PATCHES + 1)) for one in chunks)
+    for block, one in enumerate(whole):
+        mine = [chunk for chunk in chunks if chunk.block == block]
+        assert [chunk.first_query for chunk in mine] == [
+            sum(c.rows.shape[2] for c in mine[:i]) for i in range(len(mine))
+        ]
+        assert torch.equal(torch.cat([chunk.rows for chunk in mine], 2), one.rows)
+    assert sorted(errors) == list(range(DEPTH))
+    assert all(error < 1e-12 for error in errors.values())
+
+
+@pytest.mark.parametrize("kind", ["causal", "boolean", "additive", "one row"])
+def test_masks_are_cut_with_their_queries(kind: str):
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.shape[2]
+            shape = (1, size) if kind == "one row" else (size, size)
+            mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
+            mask[:, 0] = True
+            if kind == "additive":
+                mask = torch.where(mask, 0.5, -torch.inf)
+            options = {"is_causal": True} if kind == "causal" else {"attn_mask": mask}
+            return nn.functional.scaled_dot_product_attention(x, x, x, **options)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Masked()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    x = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(4))
+    (whole,), _ = captured(Model().eval(), x)
+    chunks, _ = captured(Model().eval(), x, most_weights=2 * 2 * 3 * 7)
+    assert len(chunks) == 4
+    torch.testing.assert_close(torch.cat([one.rows for one in chunks], 2), whole.rows)
+    valid = [one.part(slice(None), slice(None)).is_valid for one in (*chunks, whole)]
+    assert torch.equal(torch.cat(valid[:-1], 2), valid[-1])
+    part = [one.part(slice(3, 6), slice(1, None)) for one in chunks]
+    torch.testing.assert_close(torch.cat([one.rows for one in part], 2), whole.rows[:, :, 3:6, 1:])
+
+
 def test_gradients_flow_as_without_capture():
     model, x = make(), images()
     model(x).sum().backward()
