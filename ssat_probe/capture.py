@@ -6,111 +6,17 @@
 hands every block's attention to ``reduce``, one at a time, whichever kernel computed it; nothing is stored.
 """
 
-import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
-_MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+from ssat_probe.anatomy import Site, blocks, num_prefix_tokens, sites
+from ssat_probe.watch import Attention, AttentionWatch
 
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention operation of one forward pass."""
-
-    block: int
-    "Transformer block, 0 next to the input."
-    name: str
-    "Module that computed it, such as ``blocks.3.attn``."
-    rows: Tensor
-    "(batch, head, query, key), float32 or float64: scores, scaled and with biases added; or else weights."
-    has_scores: bool
-    "True for scores before softmax, False for weights after it, where the operation does not show its scores."
-    is_valid: Tensor | None
-    "True for keys that a query may attend to, broadcasts against (batch, head, query, key); None means all."
-    first_query: int = 0
-    "Position of the first query among those of the operation, where it is handed over in chunks of queries."
-
-    def part(self, queries: slice, keys: slice) -> "Attention":
-        """What this chunk holds of some queries and keys.
-
-        Args:
-            queries: Positions among all queries of the operation.
-            keys: Positions of keys.
-
-        Returns:
-            Rows and valid keys cut to these; perhaps no query.
-        """
-        start, stop, _ = queries.indices(self.first_query + self.rows.shape[2])
-        here = slice(max(start - self.first_query, 0), max(stop - self.first_query, 0))
-        is_valid = self.is_valid
-        if is_valid is not None:
-            is_valid = is_valid.expand(*is_valid.shape[:2], *self.rows.shape[2:])[:, :, here, keys]
-        first = self.first_query + here.start
-        return replace(self, rows=self.rows[:, :, here, keys], is_valid=is_valid, first_query=first)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the residual stream."""
-
-    index: int
-    "0 for ``embed``, then two per block."
-    block: int
-    "Transformer block, 0 next to the input; -1 for ``embed``."
-    name: Literal["embed", "attention", "mlp"]
-    "Before the first block, after the attention of a block, after its MLP."
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of a model, first to last.
-
-    Args:
-        model: Has its blocks in ``model.blocks``, as timm's Vision Transformers have.
-
-    Returns:
-        At least one module.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    found = getattr(model, "blocks", None)
-    if not isinstance(found, nn.Sequential | nn.ModuleList) or len(found) == 0:
-        raise ValueError(
-            f"The model must hold its transformer blocks in 'blocks', got a {type(model).__name__} without. "
-            "Probe a Vision Transformer."
-        )
-    return list(found)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    """Number of tokens in front of the patch tokens: class, distillation and register tokens.
-
-    Args:
-        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do.
-
-    Returns:
-        0 or more.
-
-    Raises:
-        ValueError: If the model does not say.
-    """
-    count = getattr(model, "num_prefix_tokens", None)
-    if not isinstance(count, int):
-        raise ValueError(
-            f"The model must say in 'num_prefix_tokens' how many tokens precede the patches, got a "
-            f"{type(model).__name__} with {count!r}. Set it on the model."
-        )
-    return count
+__all__ = ["Attention", "Site", "attention", "blocks", "features", "num_prefix_tokens", "sites"]
 
 
 @contextmanager
@@ -152,7 +58,7 @@ def attention(
     names = {known[modules[block]]: block for block in expected}
     errors: dict[int, float] = {}
     with ExitStack() as stack:
-        mode = _AttentionMode(reduce, names, errors, is_checked, most_weights)
+        mode = AttentionWatch(reduce, names, errors, is_checked, most_weights)
         for name, module in model.named_modules():
             _follow(stack, module, name, mode.callers)
         stack.enter_context(mode)
@@ -222,196 +128,6 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_p
                 f"Site {site.name!r} of block {site.block} must be passed exactly once per forward pass, got "
                 f"{counts[site]} times. Run the model once within the context."
             )
-
-
-def sites(model: nn.Module) -> list[Site]:
-    """All sites of the residual stream, in the order of the forward pass.
-
-    Args:
-        model: Has its blocks in ``model.blocks``.
-
-    Returns:
-        1 + 2 × number of blocks.
-    """
-    result = [Site(0, -1, "embed")]
-    for block in range(len(blocks(model))):
-        result += [Site(2 * block + 1, block, "attention"), Site(2 * block + 2, block, "mlp")]
-    return result
-
-
-class _AttentionMode(TorchFunctionMode):
-    """Sees every torch function that the model calls, and which module calls it."""
-
-    def __init__(
-        self,
-        reduce: Callable[[Attention], None],
-        names: Mapping[str, int],
-        errors: dict[int, float],
-        is_checked: bool,
-        most_weights: int,
-    ) -> None:
-        super().__init__()
-        self.callers: list[str] = []
-        self.counts: Counter[int] = Counter()
-        self._reduce = reduce
-        self._names = names
-        self._errors = errors
-        self._is_checked = is_checked
-        self._most_weights = most_weights
-        self._softmax: tuple[Attention, Tensor] | None = None  # waits for its product with the values
-        self._watchers: dict[Callable[..., Any], Callable[..., None]] = {
-            F.scaled_dot_product_attention: self._see_fused,
-            F.multi_head_attention_forward: self._see_module,
-            **dict.fromkeys(_SOFTMAX, self._see_softmax),
-            **dict.fromkeys(_MATMUL, self._see_product),
-        }
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        watch = self._watchers.get(func)
-        block = self._block() if watch else None
-        if watch is not None and block is not None:
-            output = result[0] if isinstance(result, tuple) else result
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                watch(block, output, *args, **kwargs)
-        return result
-
-    def _block(self) -> int | None:
-        """Block that is running, if it is one of the expected."""
-        return next((self._names[name] for name in reversed(self.callers) if name in self._names), None)
-
-    def _hand_over(self, seen: Attention) -> None:
-        """A whole operation, in chunks."""
-        self.counts[seen.block] += 1
-        self._errors.setdefault(seen.block, math.nan)
-        for queries in self._chunks(seen.rows.shape):
-            self._reduce_finite(seen.part(queries, slice(None)))
-
-    def _reduce_finite(self, seen: Attention) -> None:
-        if seen.has_scores and not seen.rows.amax() < torch.inf:
-            raise ValueError(
-                f"{seen.name}: scores of attention must be finite, got NaN or infinity. Check the weights."
-            )
-        self._reduce(seen)
-
-    def _chunks(self, shape: Sequence[int]) -> Iterator[slice]:
-        """Queries to hand over at a time, of an operation on (batch, head, query, key)."""
-        size = max(1, self._most_weights // math.prod((*shape[:2], shape[3]))) if self._most_weights else shape[2]
-        for start in range(0, shape[2], size):
-            yield slice(start, min(start + size, shape[2]))
-
-    def _see_fused(
-        self,
-        block: int,
-        result: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        if query.ndim != 4:
-            return
-        if enable_gqa:
-            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if attn_mask is not None:
-            attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
-            attn_mask = attn_mask.expand(*attn_mask.shape[:2], query.shape[2], key.shape[2])
-        self.counts[block] += 1
-        for queries in self._chunks((*query.shape[:3], key.shape[2])):
-            scores = _wide(query[:, :, queries]) * scale @ _wide(key).mT
-            is_valid = None
-            if is_causal:
-                is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(queries.start)[None, None]
-            elif attn_mask is not None:
-                mask = attn_mask[:, :, queries]
-                is_valid = mask if mask.dtype == torch.bool else ~mask.isneginf()
-                scores = scores if mask.dtype == torch.bool else scores + mask
-            if is_valid is not None:
-                scores = scores.masked_fill(~is_valid, -torch.inf)
-            seen = Attention(block, self.callers[-1], scores, True, is_valid, queries.start)
-            if self._is_checked:
-                self._check(seen, value, result[:, :, queries])
-            self._errors.setdefault(block, math.nan)
-            self._reduce_finite(seen)
-
-    def _see_softmax(
-        self, block: int, result: Tensor, input: Tensor, dim: int | None = None, *others: Any, **more: Any
-    ) -> None:
-        if input.ndim != 4 or dim not in (-1, 3):
-            return
-        is_valid = ~(input <= torch.finfo(input.dtype).min / 2)  # masked by -inf or the most negative number
-        caller = self.callers[-1].removesuffix(".softmax")
-        seen = Attention(block, caller, _wide(input), True, None if is_valid.all() else is_valid)
-        if self._is_checked:
-            self._softmax = (seen, result)
-        self._hand_over(seen)
-
-    def _see_product(self, block: int, result: Tensor, input: Tensor, other: Tensor) -> None:
-        """Compare with the product of the latest softmax and the values, if this is it."""
-        if self._softmax is None:
-            return
-        seen, weights = self._softmax
-        if input.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr() and input.shape == weights.shape:
-            self._softmax = None
-            self._check(seen, other, result)
-
-    def _see_module(self, block: int, result: Tensor, *args: Any, **kwargs: Any) -> None:
-        """``nn.MultiheadAttention``: the same call once more, now with the weights of every head."""
-        given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
-        again = given | {"need_weights": True, "average_attn_weights": False, "is_causal": False}
-        output, weights = F.multi_head_attention_forward(**again)
-        assert weights is not None
-        weights = weights if weights.ndim == 4 else weights[None]
-        is_valid = _allowed(weights, given.get("attn_mask"), given.get("key_padding_mask"))
-        seen = Attention(block, self.callers[-1], _wide(weights), False, is_valid)
-        if self._is_checked:
-            self._compare(seen, output, result, 64 * torch.finfo(result.dtype).eps * float(output.abs().max() + 1))
-        self._hand_over(seen)
-
-    def _check(self, seen: Attention, value: Tensor, result: Tensor) -> None:
-        """Compare weights @ values with what the operation returned."""
-        weights = seen.rows.softmax(-1).nan_to_num(nan=0.0)  # rows without a valid key
-        largest = seen.rows.masked_fill(seen.rows.isneginf(), 0).abs().max()
-        # Rounding of the scores enters the weights in proportion to the scores' size.
-        tolerance = torch.finfo(result.dtype).eps * float((16 + 4 * largest) * value.abs().max())
-        self._compare(seen, weights @ value.to(weights.dtype), result, tolerance)
-
-    def _compare(self, seen: Attention, ours: Tensor, result: Tensor, tolerance: float) -> None:
-        error = float((ours - result.to(ours.dtype)).abs().max())
-        if not error <= tolerance:
-            raise ValueError(
-                f"{seen.name}: captured weights @ values must equal the operation's own output within {tolerance:.2g}, "
-                f"got a difference of {error:.2g}. This attention is not what was captured; do not trust its measures."
-            )
-        self._errors[seen.block] = max(error, self._errors.get(seen.block, 0.0))
-
-
-def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-    """Valid keys under the masks of ``nn.MultiheadAttention``, whose True means that a key is left out."""
-    if attn_mask is None and key_padding_mask is None:
-        return None
-    is_valid = torch.ones_like(weights, dtype=torch.bool)  # extra keys (bias, zero) come last and are valid
-    for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
-        if mask is not None:
-            is_out = mask if mask.dtype == torch.bool else mask.isneginf()
-            is_out = is_out[..., None, None, :] if is_padding else is_out
-            shape = weights.shape[:2] if is_out.ndim == 3 and is_out.shape[0] > 1 else (1, 1)
-            is_out = is_out if is_out.ndim == 4 else is_out.reshape(*shape, *is_out.shape[-2:])
-            is_valid[..., : is_out.shape[-1]] &= ~is_out
-    return is_valid
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 or better."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _follow(stack: ExitStack, module: nn.Module, name: str, callers: list[str]) -> None:

@@ -425,13 +425,6 @@ def test_training_mode_is_refused():
         sites_of(model)
 
 
-def test_model_without_blocks_or_without_a_number_of_prefix_tokens_is_refused():
-    with pytest.raises(ValueError, match="must hold its transformer blocks in 'blocks', got a Linear without"):
-        capture.blocks(nn.Linear(2, 3))
-    with pytest.raises(ValueError, match=r"in 'num_prefix_tokens' .* got a Linear with None"):
-        capture.num_prefix_tokens(nn.Linear(2, 3))
-
-
 def sites_of(model: nn.Module, x: Tensor | None = None) -> dict[tuple[str, int], Tensor]:
     seen: dict[tuple[str, int], Tensor] = {}
     with torch.no_grad(), capture.features(model, lambda site, tokens: seen.update({(site.name, site.block): tokens})):
