@@ -1,0 +1,49 @@
+"""Operators over a subject's images: sizes, arithmetic, both matrices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssat_probe.curvature import SizedBatches, in_float64, operators
+from ssat_probe.sample import Sample
+from ssat_probe.subject import Subject
+
+
+@pytest.fixture
+def subject(checkpoints: dict[str, Path]) -> Subject:
+    return Subject.of(checkpoints["ssat"], Sample(num_images=11, batch_size=4, device="cpu"), "train")
+
+
+def test_batches_can_be_read_again_and_know_their_sizes(subject):
+    batches = SizedBatches(subject.batches)
+    for _ in range(2):
+        assert [(len(batch.images), num) for batch, num in batches] == [(4, 4), (4, 4), (3, 3)]
+
+
+def test_a_copy_in_float64_leaves_the_subject_as_it_is(subject):
+    double = in_float64(subject)
+    assert {p.dtype for p in double.parameters("joint").values()} == {torch.float64}
+    assert {p.dtype for p in subject.parameters("joint").values()} == {torch.float32}
+    assert next(double.batches()).images.dtype == torch.float64
+    assert in_float64(double) is double
+
+
+def test_both_matrices_are_over_the_chosen_parameters(subject):
+    subject = in_float64(subject)
+    plain, matrix = operators(subject, subject.parameters(), params=("head.*",), matrix="gauss_newton")
+    assert plain.size == matrix.size == sum(p.numel() for p in subject.model.head.parameters())
+    along = torch.randn(plain.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # of a linear head, the cross-entropy has no curvature but the Gauss-Newton one
+    torch.testing.assert_close(plain.product(along), matrix.product(along), rtol=1e-10, atol=1e-12)
+    batch = torch.cat([batch.images for batch in subject.batches()])
+    labels = torch.cat([batch.labels for batch in subject.batches()])
+    loss = F.cross_entropy(subject.model(batch), labels)
+    assert plain.evaluate().loss == pytest.approx(float(loss.detach()), rel=1e-12)
+
+
+def test_the_plain_matrix_is_one_operator(subject):
+    plain, matrix = operators(subject, subject.parameters("joint"), loss="joint")
+    assert plain is matrix
+    assert any(name.startswith("decoder.") for name in plain.parameters)
