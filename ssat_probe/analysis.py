@@ -28,7 +28,7 @@ from ssat_probe.registry import PACKAGE, known
 from ssat_probe.sample import Sample
 from ssat_probe.table import read_table, write_atomically, write_table
 
-KEYS = ("title", "recipe", "methods", "seeds", "probes", "measures", "claims", "jobs", "threads")
+KEYS = ("title", "recipe", "models", "methods", "seeds", "probes", "measures", "claims", "jobs", "threads")
 PROBE_STEPS = 100
 "A probe counts as this many training steps in the progress bar."
 
@@ -40,8 +40,22 @@ class Measurement:
     """A probe with its options and its images."""
 
     name: str
+    "Of its table, its figure and the measures that read it."
     probe: Probe
     sample: Sample
+    models: tuple[str, ...] = ()
+    "Models of the cells that it looks at; empty means all."
+
+    def applies_to(self, recipe: Recipe) -> bool:
+        """Whether a cell is looked at.
+
+        Args:
+            recipe: Of the cell.
+
+        Returns:
+            True if all models are, or this one is named.
+        """
+        return not self.models or recipe.model in self.models
 
 
 @dataclass(frozen=True)
@@ -103,17 +117,21 @@ def read(path: Path, is_smoke: bool = False) -> Analysis:
     if is_smoke:
         shared |= {"epochs": 1, "subset": 20, "batch_size": 10}
         seeds = seeds[:2]
+    models = list(content.get("models") or [shared.get("model", Recipe.model)])
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
     return Analysis(
         name=f"{path.stem}-smoke" if is_smoke else path.stem,
         title=str(content.get("title", path.stem)) + (" (smoke: the numbers mean nothing)" if is_smoke else ""),
         source=source,
         recipes=tuple(
-            Recipe.from_dict({**shared, "method": method, "seed": seed}, str(path))
+            Recipe.from_dict({**shared, "model": model, "method": method, "seed": seed}, str(path))
+            for model in models
             for seed in seeds
             for method in content["methods"]
         ),
-        measurements=tuple(_measurement(name, values or {}, is_smoke) for name, values in content["probes"].items()),
+        measurements=tuple(
+            _measurement(name, values or {}, models, is_smoke) for name, values in content["probes"].items()
+        ),
         measures=measures,
         claims=tuple(comparison.claim_from(values, measures) for values in content.get("claims", [])),
         jobs=int(content.get("jobs", 0)),
@@ -164,10 +182,16 @@ def run(
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
-    cells = [_Cell(recipe, checkpoints, measurements, data_dir, device) for recipe in analysis.recipes]
+    cells = [
+        _Cell(recipe, checkpoints, [one for one in measurements if one.applies_to(recipe)], data_dir, device)
+        for recipe in analysis.recipes
+    ]
     is_new = _run_cells(analysis, cells, jobs, progress)
-    folders = [checkpoints / recipe.name for recipe in analysis.recipes]
-    tables = {measurement.name: _gathered(measurement, folders, out) for measurement in measurements}
+    folders = {checkpoints / recipe.name: recipe for recipe in analysis.recipes}
+    tables = {
+        one.name: _gathered(one, [folder for folder in folders if one.applies_to(folders[folder])], out)
+        for one in measurements
+    }
     compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, _costs(folders))
     comparison.write(compared, verdicts, out)
     record = _record(analysis, time.monotonic() - started)
@@ -211,7 +235,7 @@ class _Cell:
         total = steps + PROBE_STEPS * len(self.measurements)
         for done, one in enumerate(self.measurements):
             told(steps + PROBE_STEPS * done, total, f"{self.recipe.name}: {one.name}")
-            if not probe.is_up_to_date(one.probe, [path], one.sample, path.parent):
+            if not probe.is_up_to_date(one.probe, [path], one.sample, path.parent, one.name):
                 is_new = True
                 table, record = probe.measure_all(one.probe, [path], one.sample)
                 write_table(table, path.parent / f"{one.name}.csv", record)
@@ -314,15 +338,18 @@ def _threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measurement(name: str, values: dict[str, Any], is_smoke: bool) -> Measurement:
-    """A probe of the file: its options and those of its sample stand side by side."""
+def _measurement(name: str, values: dict[str, Any], models: list[str], is_smoke: bool) -> Measurement:
+    """A probe of the file: its options, those of its sample, and perhaps its probe and models stand side by side."""
     sample_fields = {field.name for field in dataclasses.fields(Sample)}
-    options = {key: value for key, value in values.items() if key not in sample_fields}
+    options = {key: value for key, value in values.items() if key not in (*sample_fields, "probe", "models")}
     sample = {key: value for key, value in values.items() if key in sample_fields}
+    for model in values.get("models", []):
+        known(model, models, f"the models of this analysis, of which {name} takes some")
     if is_smoke:
         sample["num_images"] = 10
         options |= {name: least for name, least in (("steps", 4), ("points", 3)) if name in options}
-    return Measurement(name, probe.make(name, **options), Sample(**sample))
+    chosen = probe.make(values.get("probe", name), **options)
+    return Measurement(name, chosen, Sample(**sample), tuple(values.get("models", ())))
 
 
 def _on_device(measurement: Measurement, data_dir: Path | None, device: str | None) -> Measurement:
@@ -343,7 +370,7 @@ def _gathered(measurement: Measurement, folders: list[Path], out: Path) -> DataF
         "seconds": round(sum(one["seconds"] for one in records), 3),
     }
     table = _without_doubles([read_table(path) for path in paths])
-    probe.write_results(measurement.probe, table, record, out)
+    probe.write_results(measurement.probe, table, record, out, measurement.name)
     return table
 
 
@@ -357,14 +384,17 @@ def _without_doubles(tables: list[DataFrame]) -> DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _costs(folders: list[Path]) -> DataFrame:
+def _costs(folders: dict[Path, Recipe]) -> DataFrame:
     """Seconds and images of each cell, over its stages."""
     rows = []
-    for folder in folders:
+    for folder, recipe in folders.items():
         stages = json.loads((folder / "cost.json").read_text(encoding="utf-8")).values()
         rows.append(
             {
                 "checkpoint": folder.name,
+                "model": recipe.model,
+                "method": recipe.method,
+                "seed": recipe.seed,
                 "seconds": sum(stage["train_s"] for stage in stages),
                 "images": sum(stage["images"] for stage in stages),
             }

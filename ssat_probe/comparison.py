@@ -118,18 +118,19 @@ def compare(
         measures: By name.
         claims: About them.
         tables: Of each probe, all checkpoints.
-        costs: ``checkpoint``, ``seconds`` and ``images``.
+        costs: ``checkpoint``, ``model``, ``method``, ``seed``, ``seconds`` and ``images`` of every training.
 
     Returns:
         The comparison (method, measure, unit, mean, low, high, num_seeds) and the verdicts (claim, role, measure,
         difference, effect, low, high, num_seeds, verdict).
     """
-    identity = next(iter(tables.values()))[["checkpoint", "method", "seed"]].drop_duplicates()
+    identity = costs[["checkpoint", "method", "seed"]]
     sources = {**tables, "cost": costs}
     values = identity.copy()
     for name, measure in measures.items():
         table = sources[known(measure.probe, sources, f"the probes of measure {name!r}")]
         values[name] = values["checkpoint"].map(measure.of(table))
+        _check_unique(name, values)
     rows = []
     for method, group in values.groupby("method", sort=False):
         for name, measure in measures.items():
@@ -200,6 +201,16 @@ def markdown(table: DataFrame) -> str:
     """
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def _check_unique(name: str, values: DataFrame) -> None:
+    """A measure must give one number per method and seed: not one for each of two models."""
+    defined = values[values[name].notna()]
+    if defined.duplicated(["method", "seed"]).any():
+        raise ValueError(
+            f"Measure {name!r} must give one number per method and seed, got one for each of several models. "
+            "Choose one: where: model == '...'."
+        )
 
 
 def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def run(
     return table
 
 
-def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out: Path) -> None:
+def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out: Path, name: str = "") -> None:
     """Write a probe's table, record and figure.
 
     Args:
@@ -222,14 +222,16 @@ def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out:
         table: Of one or more checkpoints.
         record: How the table was made.
         out: The folder.
+        name: Of the files; empty means the probe's.
     """
     from ssat_probe import drawing
 
-    write_table(table, out / f"{record['probe']}.csv", record)
-    drawing.save(probe.draw(read_table(out / f"{record['probe']}.csv")), out / record["probe"])
+    name = name or record["probe"]
+    write_table(table, out / f"{name}.csv", record)
+    drawing.save(probe.draw(read_table(out / f"{name}.csv")), out / name)
 
 
-def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path) -> bool:
+def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path, name: str = "") -> bool:
     """Whether a folder holds this probe's complete table for these very weights, images, options and version.
 
     Args:
@@ -237,13 +239,14 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
         paths: Checkpoints.
         sample: Which images.
         out: The folder.
+        name: Of the files; empty means the probe's.
 
     Returns:
         True if measuring again would give what is there.
     """
     from ssat_probe.subject import Subject
 
-    path = out / f"{_name_of(probe)}.json"
+    path = out / f"{name or _name_of(probe)}.json"
     if not path.is_file() or not path.with_suffix(".csv").is_file():
         return False
     try:
@@ -252,7 +255,7 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
         return False
     options = _plain(dataclasses.asdict(probe))  # type: ignore[call-overload]
     wanted = _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split}
-    if record.get("options") != options or record.get("sample") != wanted:
+    if record.get("probe") != _name_of(probe) or record.get("options") != options or record.get("sample") != wanted:
         return False
     if record.get("versions", {}).get("ssat-probe") != version("ssat-probe"):
         return False

@@ -40,19 +40,17 @@ def write_report(folder: Path | str) -> Path:
         FileNotFoundError: If the folder holds no result of a probe.
     """
     folder = Path(folder)
-    names = (*registry.names("probes"), *registry.names("relations"))
-    probes = [name for name in names if (folder / f"{name}.json").is_file()]
-    if not probes:
+    records = _records(folder)
+    if not records:
         raise FileNotFoundError(
             f"{folder} must hold results of probes, got none; run a probe with --out {folder} first."
         )
     analysis = _json(folder / "analysis.json")
-    records = {name: _json(folder / f"{name}.json") for name in probes}
     parts = [
         _head(folder, analysis, records),
         _verdicts(folder),
         _compared(folder),
-        *(_figure(folder, name, records[name]) for name in probes),
+        *(_figure(folder, name, records[name]) for name in records),
         _runs(analysis),
         _provenance(analysis, records),
     ]
@@ -64,6 +62,14 @@ def write_report(folder: Path | str) -> Path:
         + "\n</body></html>\n"
     )
     return write_atomically(folder / "report.html", page)
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    """How each table was made, by its name, in the order of the probes; an analysis may measure one probe twice."""
+    order = (*registry.names("probes"), *registry.names("relations"))
+    found = {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
+    found = {name: record for name, record in found.items() if record.get("probe") in order}
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1]["probe"])))
 
 
 def _head(folder: Path, analysis: dict[str, Any], records: dict[str, Any]) -> str:
@@ -89,7 +95,7 @@ def _head(folder: Path, analysis: dict[str, Any], records: dict[str, Any]) -> st
 def _verdicts(folder: Path) -> str:
     """The claims with their verdicts, and the rule."""
     path = folder / "claims.csv"
-    if not path.is_file():
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():  # an analysis may claim nothing
         return ""
     table = read_table(path)
     rows = []
@@ -123,12 +129,13 @@ def _compared(folder: Path) -> str:
 
 def _figure(folder: Path, name: str, record: dict[str, Any]) -> str:
     """Figure of a probe, what its columns mean, and how it was measured."""
-    is_probe = name in registry.names("probes")
+    chosen = record["probe"]
+    is_probe = chosen in registry.names("probes")
     kind = "probes" if is_probe else "relations"
-    module = registry.load(kind, name)
+    module = registry.load(kind, chosen)
     columns = (*IDENTITY, *module.Probe.columns) if is_probe else module.Relation.columns
     image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    summary = registry.summary(kind, name)
+    summary = registry.summary(kind, chosen)
     seen = record["checkpoints"]
     images = sorted({entry["num_images"] for entry in seen})
     how = (
@@ -138,7 +145,7 @@ def _figure(folder: Path, name: str, record: dict[str, Any]) -> str:
     )
     glossary = [_cells([c.name, c.unit, c.meaning]) for c in columns]
     return (
-        f"<h2>{html.escape(name.capitalize())}</h2><p>{html.escape(summary)}</p>"
+        f"<h2>{html.escape(name.replace('_', ' ').capitalize())}</h2><p>{html.escape(summary)}</p>"
         f"<img alt='{html.escape(summary)}' src='data:image/png;base64,{image}'>"
         f"<p class='quiet'>{html.escape(how)}. Table: {name}.csv; vector figure: {name}.pdf.</p>"
         f"<details><summary>Columns of {name}.csv</summary>{_table(['column', 'unit', 'meaning'], glossary)}</details>"

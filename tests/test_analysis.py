@@ -96,6 +96,39 @@ def test_run_writes_all_and_a_second_run_reuses_all(tiny: Path, tmp_path: Path) 
     assert "SSAT is sharper" in page
 
 
+TWO_MODELS = """
+title: Two models
+recipe: {data: digits, subset: 40, epochs: 1, batch_size: 20, augmentation: none}
+models: [vit_pico, vit_nano]
+methods: [scratch]
+seeds: [0]
+probes:
+  accuracy: {num_images: 30}
+  small: {probe: hessian, models: [vit_pico], steps: 3, num_images: 10}
+  head_of_large: {probe: hessian, models: [vit_nano], steps: 5, num_images: 10, params: ['head.*']}
+measures:
+  small: {probe: small, column: value, where: quantity == 'num_parameters'}
+  large: {probe: head_of_large, column: value, where: quantity == 'num_parameters'}
+  time: {probe: cost, column: seconds, where: model == 'vit_nano'}
+threads: 1
+"""
+
+
+def test_probe_may_be_measured_twice_with_other_options_on_other_models(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(TWO_MODELS, encoding="utf-8")
+    for _ in range(2):  # the second run reuses everything
+        compared, _ = analysis.run(analysis.read(path), tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
+    assert compared.set_index("measure").loc[["small", "large"], "scratch"].tolist() == ["2,794", "330"]
+    assert pd.read_csv(tmp_path / "out" / "accuracy.csv")["model"].tolist() == ["vit_pico", "vit_nano"]
+    for name, model in (("small", "vit_pico"), ("head_of_large", "vit_nano")):
+        assert set(pd.read_csv(tmp_path / "out" / f"{name}.csv")["model"]) == {model}
+        assert (tmp_path / "out" / f"{name}.png").is_file()
+    page = report.write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "<h2>Small</h2>" in page
+    assert "<h2>Head of large</h2>" in page
+
+
 def test_other_probe_options_are_measured_anew(tiny: Path, tmp_path: Path) -> None:
     run = lambda: analysis.run(analysis.read(tiny), tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)  # noqa: E731
     tiny.write_text(TINY.replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
@@ -162,6 +195,10 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
         (("epochs:", "epoch:"), r"No 'epoch' in the keys of a recipe \(.*tiny.yaml\): .* Did you mean 'epochs'\?"),
         (("hessian: {steps", "hessian: {step"), r"No 'step' in the options of hessian: .* Did you mean 'steps'\?"),
         (("  accuracy: {", "  acuracy: {"), r"No 'acuracy' in probes: .* Did you mean 'accuracy'\?"),
+        (
+            ("hessian: {", "hessian: {models: [vit_pico], "),
+            r"No 'vit_pico' in the models of this analysis, of which hes",
+        ),
         (("ssat]", "sat]"), r"No 'sat' in method: .* Did you mean 'ssat'\?"),
         (("seeds: [0, 1]", "seeds: []"), r"tiny.yaml must say seeds, got nothing there"),
         (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),

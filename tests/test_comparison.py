@@ -28,8 +28,8 @@ def table() -> DataFrame:
 
 @pytest.fixture
 def costs(table: DataFrame) -> DataFrame:
-    names = table["checkpoint"].unique()
-    return DataFrame({"checkpoint": names, "seconds": 2.0, "images": 100})
+    cells = table[["checkpoint", "method", "seed"]].drop_duplicates()
+    return cells.assign(model="vit", seconds=2.0, images=100)
 
 
 def test_measure_is_the_mean_over_the_rows_that_the_condition_selects(table: DataFrame) -> None:
@@ -117,3 +117,14 @@ def test_errors_say_what_is_wrong(table: DataFrame) -> None:
         comparison.claim_from({"claim": "c", "measure": "score", "sign": 0}, measures)
     with pytest.raises(ValueError, match=r"No 'roll' in the keys of a claim"):
         comparison.claim_from({"claim": "c", "measure": "score", "sign": 1, "roll": "x"}, measures)
+
+
+def test_measure_over_two_models_at_once_is_refused(table: DataFrame, costs: DataFrame) -> None:
+    other = table.assign(checkpoint=table["checkpoint"] + "-large", model="large", score=table["score"] + 1)
+    both = pd.concat([table.assign(model="vit"), other])
+    cells = pd.concat([costs, costs.assign(checkpoint=costs["checkpoint"] + "-large", model="large")])
+    with pytest.raises(ValueError, match="'score' must give one number per method and seed, got one for each of"):
+        comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": both}, cells)
+    one = Measure("score", "p", "score", where="model == 'large'")
+    compared, _ = comparison.compare({"score": one}, [], {"p": both}, cells)
+    assert compared.set_index("method")["mean"]["scratch"] == pytest.approx(1.6)
