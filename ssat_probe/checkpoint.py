@@ -56,7 +56,7 @@ class Checkpoint:
     @cached_property
     def hash(self) -> str:
         """sha256 over recipe, names, shapes, dtypes and values; the same wherever the file lies."""
-        return hash_of([self.recipe.as_dict(), self.stage, self.epoch], self.state)
+        return hash_of([self.recipe.identity, self.stage, self.epoch], self.state)
 
     def encoder(self) -> nn.Module:
         """Encoder with its head and the stored weights, in training mode.

@@ -58,9 +58,17 @@ def train(
         tracker: A tracker of accelerate to log to as well, such as tensorboard.
         snapshots: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... epochs of each stage.
         plan: Print the budget and stop.
+
+    Raises:
+        ValueError: If an option was given that has no effect.
     """
     from ssat_probe import training
+    from ssat_probe.recipe import without_effect
 
+    for option, why in without_effect(recipe).items():
+        raise ValueError(
+            f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
+        )
     resolved, budget = training.plan(recipe, data_dir, download)
     _print_budget(resolved, budget)
     if plan:

@@ -58,6 +58,7 @@ def build_encoder(recipe: Recipe, facts: Facts) -> Encoder:
     """
     module, variant = _variant(recipe.model)
     options = {name: value for name, value in variant.items() if name != "decoder"}
+    options |= {"drop_path": recipe.drop_path} if recipe.drop_path else {}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return module.Model(

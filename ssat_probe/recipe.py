@@ -12,7 +12,7 @@ from ssat_probe.registry import known
 Method = Literal["scratch", "ssl_ft", "ssat"]
 Budget = Literal["matched", "equal_epochs"]
 LearningRateRule = Literal["linear", "none"]
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "constant", "wsd"]
 Augmentation = Literal["none", "crop", "standard", "strong"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -97,7 +97,7 @@ class Recipe:
     "Learning rate at the end of the cosine."
 
     schedule: Schedule = "cosine"
-    "After the warm-up: half a cosine down to min_lr, or constant."
+    "After the warm-up: half a cosine down to min_lr; constant; or wsd, which is constant until the last fifth."
 
     warmup_epochs: float = 5.0
     "Epochs of linear warm-up from 0, in each stage."
@@ -119,6 +119,15 @@ class Recipe:
 
     precision: Precision = "fp32"
     "Arithmetic of the forward and backward passes."
+
+    ema_decay: float | None = None
+    "Keep a moving average of the weights with this decay, evaluate it as well and write it; none means none."
+
+    layer_decay: float = 1.0
+    "Learning rate of each block in units of the next one's; 1 means the same everywhere."
+
+    drop_path: float = 0.0
+    "Chance that the last block is skipped for an image in training; smaller in proportion for the earlier ones."
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
@@ -157,6 +166,17 @@ class Recipe:
         """The recipe as plain data: lists, numbers, strings, none."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two equal trainings have in common, whichever version made them: options of later versions only if set.
+
+        Without this rule each new option would change the hash of every checkpoint that is already there.
+        """
+        fields = dataclasses.fields(self)
+        first = [field.name for field in fields].index("precision") + 1  # the last field of format 1
+        unset = {field.name for field in fields[first:] if getattr(self, field.name) == field.default}
+        return {name: value for name, value in self.as_dict().items() if name not in unset}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "recipe") -> "Recipe":
         """Recipe from plain data, as ``as_dict`` or a YAML file gives it.
@@ -173,6 +193,35 @@ class Recipe:
             known(key, fields, f"the keys of a recipe ({source})")
         options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**options)
+
+
+def without_effect(recipe: Recipe) -> dict[str, str]:
+    """Options that were given and change nothing in this configuration.
+
+    Args:
+        recipe: As the user gave it, not resolved: what is not the default was given.
+
+    Returns:
+        Why each of them has no effect, by its name.
+    """
+    masks = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
+    classifies = recipe.method != "ssat" or recipe.lambda_weight > 0
+    lone = f"method {recipe.method}" + (
+        f" with lambda_weight {recipe.lambda_weight:g}" if recipe.method == "ssat" else ""
+    )
+    reasons = {
+        "lambda_weight": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
+        "pretrain_epochs": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has no pre-training",
+        "budget": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has one stage",
+        "label_smoothing": "" if classifies else f"{lone} does not classify",
+        "min_lr": "" if recipe.schedule != "constant" else "schedule constant never falls",
+    }
+    masked = ("mask_ratio", "decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix")
+    reasons |= dict.fromkeys(masked, "" if masks else f"{lone} masks nothing")
+    if recipe.method == "ssl_ft" and recipe.pretrain_epochs is not None:
+        reasons["budget"] = "pretrain_epochs says it"
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    return {name: why for name, why in reasons.items() if why and getattr(recipe, name) != defaults[name]}
 
 
 _HINTS = typing.get_type_hints(Recipe)
@@ -228,6 +277,9 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):
         check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")
+    check("ema_decay", recipe.ema_decay is None or 0 <= recipe.ema_decay < 1, "at least 0 and below 1")
+    check("layer_decay", 0 < recipe.layer_decay <= 1, "above 0 and at most 1")
+    check("drop_path", 0 <= recipe.drop_path < 1, "at least 0 and below 1")
     check("base_lr", recipe.base_lr > 0, "above 0")
     check("base_lr", math.isfinite(recipe.base_lr), "a finite number")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssat_probe.checkpoint import Checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
@@ -52,14 +53,21 @@ class Run:
     decoder: nn.Module | None
     workers: int
 
+    @property
+    def network(self) -> nn.ModuleDict:
+        """Encoder and, where there is one, decoder, as one module."""
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
-def save_state(run: Run, state: State, optimiser: Any) -> None:
+
+def save_state(run: Run, state: State, optimiser: Any, average: ModelEmaV3 | None = None) -> None:
     """Write all that resuming needs, atomically, from the main process.
 
     Args:
         run: Whose weights.
         state: How far it is.
         optimiser: Of the current stage.
+        average: Moving average of the weights, if there is one.
     """
     if not run.accelerator.is_main_process:
         return
@@ -71,6 +79,7 @@ def save_state(run: Run, state: State, optimiser: Any) -> None:
         "model": state_of(run.encoder, run.decoder),
         "optimiser": optimiser.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "average": average.module.state_dict() if average is not None else None,
     }
     save_tensors(content, run.folder / STATE_FILE)
     write_log(run, state)
@@ -83,7 +92,7 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
         run: Whose folder is looked into.
 
     Returns:
-        The state, and those of optimiser and scaler if there are any.
+        The state, and those of optimiser, scaler and moving average if there are any.
 
     Raises:
         ValueError: If the state is of another recipe or of other images.
@@ -104,10 +113,12 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
             names = module.state_dict().keys()
             module.load_state_dict({name: content["model"][prefix + name] for name in names})
     state = State(**content["state"])
-    return state, {"optimiser": content["optimiser"], "scaler": content["scaler"]}
+    return state, {name: content.get(name) for name in ("optimiser", "scaler", "average")}
 
 
-def write_checkpoint(run: Run, state: State, stage: str, path: Path) -> Checkpoint:
+def write_checkpoint(
+    run: Run, state: State, stage: str, path: Path, average: nn.ModuleDict | None = None
+) -> Checkpoint:
     """Write the weights as a checkpoint, with the log and the cost beside it; after the last stage the state goes.
 
     Args:
@@ -115,17 +126,20 @@ def write_checkpoint(run: Run, state: State, stage: str, path: Path) -> Checkpoi
         state: Its log and cost.
         stage: That has ended.
         path: Where the checkpoint goes.
+        average: What to write instead of the weights, as a stage of its own behind ``stage``: their moving average.
 
     Returns:
         The checkpoint, in every process.
     """
-    weights = state_of(run.encoder, run.decoder)
+    network: dict[str, nn.Module] = dict((run.network if average is None else average).named_children())
+    weights = state_of(network["encoder"], network.get("decoder"))
     epoch = run.recipe.stage_epochs[stage]
+    stage = stage if average is None else f"{stage}-ema"
     checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
     if run.accelerator.is_main_process:
         write_log(run, state)
         save_checkpoint(checkpoint)
-        if stage != "pretrain":
+        if path.stem == run.recipe.method:
             (run.folder / STATE_FILE).unlink(missing_ok=True)
     return checkpoint
 

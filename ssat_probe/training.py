@@ -3,8 +3,8 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
-from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ssat_probe import registry
@@ -26,6 +26,7 @@ from ssat_probe.images import Facts, Images, normalise, split
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.losses import Losses
 from ssat_probe.network import build_decoder, build_encoder, resolve
+from ssat_probe.optimisation import build_optimiser, set_rate
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
     Run,
@@ -99,7 +100,7 @@ def train(
         return checkpoint
     run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
                                          split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
-    state, saved_optimiser = load_state(run) if resume else (State(), None)
+    state, saved = load_state(run) if resume else (State(), None)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
     stages = list(recipe.stage_epochs.items())
@@ -110,8 +111,9 @@ def train(
     while state.stage < len(stages):
         stage, num_epochs = stages[state.stage]
         before = sum(epochs for _, epochs in stages[: state.stage])
-        objective, optimiser = _stage(run, stage, saved_optimiser)
-        saved_optimiser = None
+        objective, optimiser = _stage(run, stage, saved)
+        average = _average(run, saved) if state.stage == len(stages) - 1 else None
+        saved = None
         if snapshots and state.epoch == state.step == 0:
             write_snapshot(run, stage, 0)
         while state.epoch < num_epochs:
@@ -125,22 +127,26 @@ def train(
                 if not np.isfinite(sums["loss"]):
                     raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
                 seconds = time.monotonic() - started
+                if average is not None:
+                    average.update(run.network, state.epoch * per_epoch + state.step + 1)
                 for name, value in {**sums, "seconds": seconds, "data_wait_s": waited}.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
                 if time.monotonic() - last_save > save_every_s:
-                    save_state(run, state, optimiser)
+                    save_state(run, state, optimiser, average)
                     last_save = time.monotonic()
                 started = time.monotonic()
             # Not `rate`: a run that resumes after the last step of an epoch has no step left in it.
             last = learning_rate(recipe, state.epoch + (per_epoch - 1) / per_epoch, num_epochs)
-            _finish_epoch(run, state, stage, last)
+            _finish_epoch(run, state, stage, last, average)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
         if len(stages) > 1 and state.stage == 0:
             write_checkpoint(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0
+        if average is not None:
+            write_checkpoint(run, state, stage, path.with_stem(f"{path.stem}-ema"), average.module)
     checkpoint = write_checkpoint(run, state, stages[-1][0], path)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -239,19 +245,27 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
     return accelerator
 
 
-def _stage(run: Run, stage: str, saved_optimiser: dict[str, Any] | None) -> tuple[nn.Module, Any]:
+def _stage(run: Run, stage: str, saved: dict[str, Any] | None) -> tuple[nn.Module, Any]:
     """Objective and optimiser of a stage, ready for the engine."""
     name = OBJECTIVES[run.recipe.method if stage == "train" else stage]
     objective = registry.load("objectives", name).Objective(run.recipe, run.encoder, run.decoder)
-    groups = param_groups_weight_decay(objective, run.recipe.weight_decay)
-    optimiser = torch.optim.AdamW(groups, lr=run.recipe.learning_rate, betas=run.recipe.betas, fused=True)
-    objective, optimiser = run.accelerator.prepare(objective, optimiser)
-    if saved_optimiser is not None:
-        optimiser.load_state_dict(saved_optimiser["optimiser"])
+    objective, optimiser = run.accelerator.prepare(objective, build_optimiser(objective, run.recipe))
+    if saved is not None:
+        optimiser.load_state_dict(saved["optimiser"])
         if run.accelerator.scaler is not None:
-            run.accelerator.scaler.load_state_dict(saved_optimiser["scaler"])
+            run.accelerator.scaler.load_state_dict(saved["scaler"])
     objective.train()
     return objective, optimiser
+
+
+def _average(run: Run, saved: dict[str, Any] | None) -> ModelEmaV3 | None:
+    """Moving average of the weights, if the recipe asks for one; it starts as a plain average (warm-up of timm)."""
+    if run.recipe.ema_decay is None:
+        return None
+    average = ModelEmaV3(run.network, run.recipe.ema_decay, use_warmup=True)
+    if saved is not None:
+        average.module.load_state_dict(saved["average"])
+    return average
 
 
 def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
@@ -269,26 +283,35 @@ def _update(
     """One optimiser step; sums over its images, and the gradient norm."""
     pixels, labels, _ = loaded
     key = [run.recipe.seed, global_step, run.accelerator.process_index]
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator().manual_seed(seed)
     pixels = augment(pixels, run.recipe.augmentation, run.facts, generator)
     noise = torch.rand(len(pixels), run.encoder.num_tokens, generator=generator)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+    set_rate(optimiser, rate)
     device = run.accelerator.device
     parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
     sums = {"images": 0.0, "loss": 0.0}
-    for part in parts:
-        images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
-        synchronise = part is parts[-1]
-        with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
-            losses = objective(images, part_labels, noise[part])
-        run.accelerator.backward(losses.total * (len(part) / len(pixels)))
-        for name, value in _sums(losses, part_labels).items():
-            sums[name] = sums.get(name, 0.0) + value
+    with _seeded(seed, device) if run.recipe.drop_path else nullcontext():
+        for part in parts:
+            images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
+            synchronise = part is parts[-1]
+            with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
+                losses = objective(images, part_labels, noise[part])
+            run.accelerator.backward(losses.total * (len(part) / len(pixels)))
+            for name, value in _sums(losses, part_labels).items():
+                sums[name] = sums.get(name, 0.0) + value
     norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
     optimiser.step()
     optimiser.zero_grad()
     return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What a network draws itself depends on the step alone; the global generators are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
@@ -303,19 +326,21 @@ def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
     return sums
 
 
-def _finish_epoch(run: Run, state: State, stage: str, rate: float) -> None:
+def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: ModelEmaV3 | None) -> None:
     """Evaluate, write the log's row, and start the next epoch's sums."""
     started = time.monotonic()
     mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
-    counts = [float("nan"), float("nan")]
+    encoders = {"val": run.encoder} | ({"ema_val": average.module["encoder"]} if average is not None else {})
+    counts = [float("nan")] * 2 * len(encoders)
     done = state.epoch + 1
     if stage != "pretrain" and (done % run.recipe.eval_every == 0 or done == run.recipe.stage_epochs[stage]):
-        counts = [float(value) for value in evaluate(run.encoder, run.val, run.facts, run.accelerator.device, mine)]
+        device = run.accelerator.device
+        counts = [float(n) for one in encoders.values() for n in evaluate(one, run.val, run.facts, device, mine)]
     names = sorted(state.sums)
     dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
     local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=dtype)
-    correct, val_loss, *values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
-    sums = dict(zip(names, values, strict=True))
+    values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
+    sums = dict(zip(names, values[len(counts) :], strict=True))
     processes = run.accelerator.num_processes
     num, seconds = sums["images"], sums["seconds"] / processes
     nan = float("nan")
@@ -328,8 +353,11 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float) -> None:
         "learning_rate": rate,
         "grad_norm": sums["grad_norm"] / sums["steps"],
         "train_accuracy": sums.get("correct", nan) / num,
-        "val_accuracy": correct / len(run.val),
-        "val_cross_entropy": val_loss / len(run.val),
+        **{
+            f"{name}_{what}": values[2 * place + number] / len(run.val)
+            for place, name in enumerate(encoders)
+            for number, what in enumerate(("accuracy", "cross_entropy"))
+        },
         "seconds": seconds,
         "images_per_s": num / seconds,
         "data_wait_s": sums["data_wait_s"] / processes,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssat_probe.recipe import Recipe
+from ssat_probe.recipe import Recipe, without_effect
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -133,3 +133,42 @@ def test_an_unknown_key_names_the_source_and_the_nearest_key() -> None:
     sentence = r"No 'lamda_weight' in the keys of a recipe \(a\.yaml\): method, .*\. Did you mean 'lambda_weight'\?$"
     with pytest.raises(ValueError, match=sentence):
         Recipe.from_dict({"lamda_weight": 0.3}, source="a.yaml")
+
+
+def test_options_of_later_versions_are_part_of_the_identity_only_when_set() -> None:
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    later = names[names.index("precision") + 1 :]
+    assert list(Recipe(seed=3).identity) == names[: names.index("precision") + 1]
+    assert Recipe(seed=3).identity == {k: v for k, v in Recipe(seed=3).as_dict().items() if k not in later}
+    changed = Recipe(ema_decay=0.9)
+    assert changed.identity == Recipe().identity | {"ema_decay": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"method": "scratch", "mask_ratio": 0.5, "lambda_weight": 0.2}, {"mask_ratio", "lambda_weight"}),
+        ({"method": "scratch", "decoder_depth": 1, "pretrain_epochs": 3}, {"decoder_depth", "pretrain_epochs"}),
+        ({"method": "ssat", "budget": "equal_epochs"}, {"budget"}),
+        ({"method": "ssat", "lambda_weight": 1.0, "norm_pix": True}, {"norm_pix"}),
+        ({"method": "ssat", "lambda_weight": 0.0, "label_smoothing": 0.2}, {"label_smoothing"}),
+        ({"method": "ssl_ft", "pretrain_epochs": 3, "budget": "equal_epochs", "lambda_weight": 0.3},
+         {"budget", "lambda_weight"}),
+        ({"method": "ssl_ft", "mask_ratio": 0.5, "pretrain_epochs": 3, "schedule": "constant", "min_lr": 1e-5},
+         {"min_lr"}),
+        ({"method": "ssat", "mask_ratio": 0.5, "lambda_weight": 0.2, "decoder_width": 32, "min_lr": 0.0}, set()),
+        ({"method": "ssl_ft", "mask_ratio": 0.5, "decoder_heads": 2, "label_smoothing": 0.0}, set()),
+    ],
+)  # fmt: skip
+def test_options_that_change_nothing_are_named_with_the_reason(fields: dict[str, Any], named: set[str]) -> None:
+    found = without_effect(Recipe(**fields))
+    assert found.keys() == named
+    assert all(found.values())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ema_decay": 1.0}, {"ema_decay": -0.1}, {"layer_decay": 0.0}, {"layer_decay": 1.1}, {"drop_path": 1.0}]
+)
+def test_shares_outside_their_range_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))} must be "):
+        Recipe(**fields)

@@ -38,6 +38,15 @@ def test_a_constant_schedule_stays_at_the_peak() -> None:
     assert [learning_rate(recipe, epoch, EPOCHS) for epoch in (5, 50, 99.9)] == pytest.approx([PEAK] * 3)
 
 
+def test_wsd_stays_at_the_peak_until_the_last_fifth_and_then_falls_with_the_root() -> None:
+    recipe = Recipe(base_lr=1e-3, batch_size=512, warmup_epochs=5, schedule="wsd", min_lr=END)
+    assert learning_rate(recipe, 2.5, EPOCHS) == pytest.approx(PEAK / 2)
+    assert [learning_rate(recipe, epoch, EPOCHS) for epoch in (5, 37, 80)] == pytest.approx([PEAK] * 3)
+    assert learning_rate(recipe, 85, EPOCHS) == pytest.approx((PEAK + END) / 2)  # √(1/4) = 1/2
+    assert learning_rate(recipe, EPOCHS, EPOCHS) == pytest.approx(END)
+    assert learning_rate(recipe, 0.5, 1) == pytest.approx(PEAK)  # the warm-up ends at half of the only epoch
+
+
 @pytest.mark.parametrize("num_epochs", [1, 4, 10])
 def test_a_warm_up_longer_than_half_of_the_stage_ends_there(num_epochs: int) -> None:
     recipe = Recipe(base_lr=1e-3, batch_size=512, warmup_epochs=7)

@@ -1,5 +1,6 @@
 """The loop: resuming bit by bit, refusing, stopping, counting; on digits, in seconds."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, sav
 from ssat_probe.data import open_dataset
 from ssat_probe.images import normalise, split
 from ssat_probe.loading import epoch_order
+from ssat_probe.network import build_encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import evaluate, plan, train
 
@@ -77,7 +79,8 @@ def assert_same_run(one: Checkpoint, other: Checkpoint) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_dies_in_every_step_ends_as_one_that_never_did(tmp_path: Path, method: str) -> None:
-    recipe = tiny(method, augmentation="strong", clip_grad=1.0)
+    options = {"ema_decay": 0.9, "drop_path": 0.3, "layer_decay": 0.8, "schedule": "wsd"}
+    recipe = tiny(method, augmentation="strong", clip_grad=1.0, **options)
     whole = train(recipe, tmp_path / "whole", device="cpu")
     folder, deaths = tmp_path / "dying", 0
     for _ in range(30):
@@ -89,6 +92,8 @@ def test_a_run_that_dies_in_every_step_ends_as_one_that_never_did(tmp_path: Path
     # Each attempt keeps one step, and the step before each end of an epoch is kept before the epoch is closed.
     assert deaths == 3 * 2 * (2 if method == "ssl_ft" else 1) - 1
     assert_same_run(died, whole)
+    averages = [load_checkpoint(run.path.with_stem(f"{method}-ema")) for run in (died, whole)]
+    assert averages[0].hash == averages[1].hash != whole.hash
     assert not (folder / recipe.name / "training_state.pt").exists()
 
 
@@ -475,6 +480,58 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tracker must be one that is installed here, got 'clearml'; install it"):
         train(tiny(), tmp_path, device="cpu", tracker="clearml")
+
+
+def test_the_moving_average_is_that_of_the_weights_after_each_step(tmp_path: Path) -> None:
+    recipe = tiny(ema_decay=0.6, base_lr=3e-2)
+    steps: list[dict[str, torch.Tensor]] = []
+    path = tmp_path / recipe.name / "training_state.pt"
+
+    def progress(done: int, total: int, text: str) -> None:
+        if path.exists():  # as after the step before
+            steps.append(load_tensors(path, "a state")["model"])
+
+    last = train(recipe, tmp_path, device="cpu", save_every_s=-1, progress=progress)
+    steps.append(last.state)
+    assert len(steps) == 2 * 3
+    found = load_checkpoint(last.path.with_stem("ssat-ema"))
+    assert (found.stage, found.label) == ("train-ema", f"{recipe.name}-train-ema")
+    expected = {name: value.double() for name, value in steps[0].items()}
+    for number, weights in enumerate(steps[1:], start=1):
+        decay = min(0.6, 1 - (1 + number) ** (-2 / 3))
+        expected = {name: decay * value + (1 - decay) * weights[name].double() for name, value in expected.items()}
+    for name, value in found.state.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert any(not torch.equal(found.state[name], last.state[name]) for name in last.state)
+    row = log_of(last).iloc[-1]
+    dataset = open_dataset("digits")
+    correct, loss = evaluate(found.encoder(), split(dataset, "val"), dataset.facts, "cpu")
+    assert row["ema_val_accuracy"] == pytest.approx(correct / len(split(dataset, "val")))
+    assert row["ema_val_cross_entropy"] == pytest.approx(loss / len(split(dataset, "val")), rel=1e-5)
+
+
+def test_a_moving_average_changes_nothing_but_the_log(tmp_path: Path) -> None:
+    one, other = (train(tiny(ema_decay=d), tmp_path / str(d), device="cpu") for d in (None, 0.9))
+    assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
+
+
+def test_drop_path_skips_blocks_in_training_alone(make_recipe: Callable[..., Any]) -> None:
+    recipe, facts = make_recipe(drop_path=0.5)
+    encoder = build_encoder(recipe, facts)
+    chances = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
+    assert chances == pytest.approx([0.5 * i / 5 for i in range(6)])
+    images = torch.rand(97, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    full = build_encoder(dataclasses.replace(recipe, drop_path=0.0), facts).eval()
+    full.load_state_dict(encoder.state_dict())
+    assert torch.equal(encoder.eval()(images), full(images))
+    inputs, outputs = [], []
+    block = encoder.train().blocks[5]
+    block.drop_path1.register_forward_hook(lambda module, args, out: (inputs.append(args[0]), outputs.append(out))[0])
+    encoder(images)
+    skipped = (outputs[0] == 0).all(dim=(1, 2)).sum().item()
+    assert 97 * 0.5 - 4 * (97 * 0.25) ** 0.5 < skipped < 97 * 0.5 + 4 * (97 * 0.25) ** 0.5
+    kept = ~(outputs[0] == 0).all(dim=(1, 2))
+    torch.testing.assert_close(outputs[0][kept], inputs[0][kept] / 0.5)
 
 
 def test_snapshots_change_nothing_and_survive_a_stop(tmp_path: Path) -> None:

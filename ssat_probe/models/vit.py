@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from timm.layers import PatchEmbed
@@ -51,6 +52,7 @@ class Model(nn.Module):
         depth: int,
         heads: int,
         mlp_ratio: int | float = 4,
+        drop_path: float = 0.0,
     ) -> None:
         """Make the model with fresh weights, from torch's global generator.
 
@@ -63,6 +65,8 @@ class Model(nn.Module):
             depth: Blocks.
             heads: Attention heads of a block.
             mlp_ratio: Width of the hidden layer of an MLP in units of ``dim``.
+            drop_path: Chance that the last block's branches are skipped for an image in training; block i of n has
+                i / (n - 1) of it (Huang et al., 2016, https://arxiv.org/abs/1603.09382).
         """
         super().__init__()
         self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, dim
@@ -76,7 +80,8 @@ class Model(nn.Module):
             sincos_positions(dim, self.grid, with_class_token=True)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=chance)
+            for chance in np.linspace(0, drop_path, depth).tolist()
         )
         self.norm = norm(dim)
         self.head = nn.Linear(dim, num_classes)
@@ -120,6 +125,17 @@ class Model(nn.Module):
             One logit per class.
         """
         return self.head(self.encode(images).class_token)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.
+
+        Args:
+            coarse: Not used: there is one layer per block.
+
+        Returns:
+            Patterns: the embedding, the blocks, and after them norm and head.
+        """
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^blocks\.(\d+)", "end": r"^norm|^head"}
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,0 +1,68 @@
+"""Optimiser of a stage: which parameters are decayed, and how fast each layer learns."""
+
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from ssat_probe.recipe import Recipe
+
+
+def build_optimiser(objective: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW over an objective's trainable parameters.
+
+    Args:
+        objective: Holds the encoder and whatever else is trained.
+        recipe: Gives the rates and averaging constants.
+
+    Returns:
+        With a group per weight decay, and per layer where ``layer_decay`` is not 1; ``set_rate`` moves them together.
+    """
+    groups = parameter_groups(objective, recipe)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def set_rate(optimiser: Any, rate: float) -> None:
+    """Give every group the learning rate of a step, times its layer's own share.
+
+    Args:
+        optimiser: From ``build_optimiser``, or the engine's wrapper of one.
+        rate: Learning rate of the last layer.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters by weight decay, and by layer of the encoder where the layers learn at different rates.
+
+    The embedding is layer 0, block i is layer i + 1, norm and head are the last one; layer k of n learns with
+    ``layer_decay ** (n - 1 - k)`` of the rate. What is not in the encoder learns at the full rate.
+
+    Args:
+        objective: With an ``encoder`` somewhere in it.
+        recipe: Gives the weight decay, which vectors and biases do not have, and ``layer_decay``.
+
+    Returns:
+        Groups for an optimiser.
+
+    Raises:
+        ValueError: If the layers of the encoder are not known.
+
+    References:
+        Bao et al. (2022), https://arxiv.org/abs/2106.08254, Sec. 3.1, as in He et al. (2022), Table 9.
+    """
+    if recipe.layer_decay == 1:
+        return param_groups_weight_decay(objective, recipe.weight_decay)
+    encoder = next(module for name, module in objective.named_modules() if name.split(".")[-1] == "encoder")
+    if not hasattr(encoder, "group_matcher"):
+        raise ValueError(
+            f"layer_decay must be 1 for {recipe.model}, whose layers are not known, got {recipe.layer_decay}."
+        )
+    groups = param_groups_layer_decay(encoder, recipe.weight_decay, layer_decay=recipe.layer_decay)
+    inside = {id(parameter) for parameter in encoder.parameters()}
+    others = param_groups_weight_decay(objective, recipe.weight_decay)
+    for group in others:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+    return [*groups, *(group for group in others if group["params"])]

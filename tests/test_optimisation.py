@@ -1,0 +1,57 @@
+"""Groups of the optimiser: decay by dimension, rate by layer."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ssat_probe.network import build_decoder, build_encoder
+from ssat_probe.objectives import ssat
+from ssat_probe.optimisation import build_optimiser, parameter_groups, set_rate
+
+
+def test_each_layer_learns_a_factor_slower_than_the_next_one(make_recipe: Callable[..., Any]) -> None:
+    recipe, facts = make_recipe(method="ssat", layer_decay=0.5, weight_decay=0.07)
+    encoder, decoder = build_encoder(recipe, facts), build_decoder(recipe, facts)
+    groups = parameter_groups(ssat.Objective(recipe, encoder, decoder), recipe)
+    found = {id(p): (group.get("lr_scale", 1.0), group["weight_decay"]) for group in groups for p in group["params"]}
+    depth = len(encoder.blocks)
+    trainable = {f"encoder.{n}": p for n, p in encoder.named_parameters()} | {
+        f"decoder.{n}": p for n, p in decoder.named_parameters()
+    }
+    trainable = {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
+    assert len(found) == len(trainable) == sum(len(group["params"]) for group in groups)
+    for name, parameter in trainable.items():
+        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+        is_stem = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
+        below = depth + 1 if is_stem else depth - int(block[1]) if block else 0
+        assert found[id(parameter)] == (0.5**below, 0.07 if parameter.ndim > 1 else 0), name
+
+
+def test_the_rate_of_a_step_reaches_every_group(make_recipe: Callable[..., Any]) -> None:
+    recipe, facts = make_recipe(method="scratch", layer_decay=0.5)
+    module = nn.ModuleDict({"encoder": build_encoder(recipe, facts)})
+    optimiser = build_optimiser(module, recipe)
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    set_rate(optimiser, 1e-3)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimiser.param_groups:
+        group["weight_decay"] = 0
+    optimiser.step()  # AdamW's first step has the length of the learning rate
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+            is_stem = name.startswith(("encoder.cls_token", "encoder.patch_embed"))
+            below = 7 if is_stem else 6 - int(block[1]) if block else 0
+            step = (before[name] - parameter.detach()).double()
+            torch.testing.assert_close(step, torch.full_like(step, 1e-3 * 0.5**below), rtol=2e-2, atol=0, msg=name)
+
+
+def test_an_encoder_of_unknown_layers_is_refused(make_recipe: Callable[..., Any]) -> None:
+    recipe, _ = make_recipe(layer_decay=0.75)
+    with pytest.raises(ValueError, match=r"layer_decay must be 1 for vit_nano, whose layers are not known, got 0\.75"):
+        parameter_groups(nn.ModuleDict({"encoder": nn.Linear(3, 2)}), recipe)
