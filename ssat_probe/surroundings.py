@@ -16,7 +16,9 @@ from jaxtyping import Float64
 from pandas import DataFrame
 from torch import Tensor
 
+from ssat_probe.eigenvectors import kept
 from ssat_probe.measures.directions import (
+    Eigenvector,
     cosine,
     eigenvectors,
     flat,
@@ -37,6 +39,7 @@ from ssat_probe.subject import Subject
 from ssat_probe.table import write_atomically
 from ssat_probe.terms import UNITS, Terms, error_of, value_of
 
+ENDS = ("top", "top2", "bottom", "bottom2")
 SEED_STEP = 1_000_003  # between the seeds of two random directions
 SAVE_EVERY_S = 5.0
 
@@ -58,6 +61,7 @@ class Settings:
     noise: float
     flat_within: float
     steps: int
+    eigenvectors: Path | None
     is_augmented: bool
     seed: int
     budget_s: float
@@ -128,16 +132,39 @@ def _axes(
     if "gradient" in wanted:
         length = float(gradient.norm())
         axes["gradient"] = Axis("gradient", gradient / length if length else gradient, settings.distance)
-    if wanted & {"top", "bottom"}:
-        run = lanczos(
-            operator.product, operator.size, settings.steps, seed=settings.seed, precision=operator.precision,
-            device=operator.device, with_basis=True,
-        )  # fmt: skip
-        for name, (vector, *_) in zip(("top", "bottom"), eigenvectors(run), strict=True):
-            if name in wanted:
-                facts = vector.value, vector.residual, vector.converged
-                axes[name] = Axis(name, vector.vector, settings.distance, facts)
+    if ends := [name for name in ENDS if name in wanted]:
+        for name, found in _eigenvectors(settings, subject, operator, ends).items():
+            facts = found.value, found.residual, found.converged
+            axes[name] = Axis(name, found.vector, settings.distance, facts)
     return axes
+
+
+def _eigenvectors(
+    settings: Settings, subject: Subject, operator: HessianOperator, names: list[str]
+) -> dict[str, Eigenvector]:
+    """Those that a Hessian run kept, or else from a Lanczos run of its own."""
+    if settings.eigenvectors is not None:
+        return kept(Path(settings.eigenvectors), subject, settings.loss, names)
+    run = lanczos(
+        operator.product, operator.size, settings.steps, seed=settings.seed, precision=operator.precision,
+        device=operator.device, with_basis=True,
+    )  # fmt: skip
+    num = 2 if {"top2", "bottom2"} & set(names) else 1
+    top, bottom = eigenvectors(run, num)
+    found = dict(zip(("top", "top2"), top, strict=False)) | dict(zip(("bottom", "bottom2"), bottom, strict=False))
+    return {name: found[name] for name in names}
+
+
+def kind_of(direction: str) -> str:
+    """Kind of a direction: a random one without its number.
+
+    Args:
+        direction: Name of an axis.
+
+    Returns:
+        Of the probe's directions.
+    """
+    return "random" if direction.startswith("random") else direction
 
 
 class _Points:
@@ -146,7 +173,7 @@ class _Points:
     def __init__(self, settings: Settings, axes: dict[str, Axis], plane: list[Axis]) -> None:
         self.axes, self.plane = axes, plane
         places = {name: place for place, name in enumerate(axes, start=1)}
-        lines = [name for name in axes if any(name.startswith(kind) for kind in settings.lines)]
+        lines = [name for name in axes if kind_of(name) in settings.lines]
         self.labels: list[tuple[str, str, float, float]] = []
         rows: list[np.ndarray] = []
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class Settings:
     bystanders: tuple[Tensor, ...] = ()
     "Parameters of the model that the operator does not cover."
     on_step: Callable[[int], None] | None = None
+    on_run: Callable[[Krylov], None] | None = None
+    "Given the first Lanczos run, with its basis."
 
 
 def rows_of(
@@ -113,7 +115,11 @@ def _runs(operator: HessianOperator, settings: Settings) -> list[Krylov]:
         for probe in range(settings.probes):
             seed = settings.seed + 1_000_003 * probe
             options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": seed}
+            options["with_basis"] = settings.on_run is not None and probe == 0
             krylovs.append(lanczos(operator.product, operator.size, settings.steps, on_step=step_done, **options))
+            if settings.on_run is not None and probe == 0:
+                settings.on_run(krylovs[0])
+                krylovs[0] = replace(krylovs[0], basis=None)
     return krylovs
 
 

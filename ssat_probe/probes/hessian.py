@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ssat_probe.registry import known
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from ssat_probe.measures.lanczos import Krylov
     from ssat_probe.subject import Subject
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
@@ -39,6 +42,8 @@ class Probe:
     "hessian, or gauss_newton: its positive semi-definite part."
     memory: float = 2.0
     "GiB that a dense matrix may take."
+    vectors: Path | None = None
+    "Folder in which the two outermost eigenvectors of each end are kept, for landscape --eigenvectors; empty: none."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -88,7 +93,8 @@ class Probe:
         plain, operator = operators(subject, everything, self.loss, self.params, self.matrix)
         certificate, evaluation = certify(operator), plain.evaluate()
         max_bytes = int(self.memory * 2**30)
-        settings = Settings(self.steps, self.probes, self.seed, max_bytes, tuple(everything.values()), on_step)
+        on_run = None if self.vectors is None else partial(self._keep, self.vectors, subject, self.loss)
+        settings = Settings(self.steps, self.probes, self.seed, max_bytes, tuple(everything.values()), on_step, on_run)
         if self.compare:
             rows = compared(self.compare, operator, certificate, evaluation, settings)
         else:
@@ -117,6 +123,19 @@ class Probe:
             )
         if self.matrix == "gauss_newton" and {"pyhessian"} & {self.method, *self.compare}:
             raise ValueError("PyHessian knows the matrix hessian only, got 'gauss_newton'. Leave pyhessian out.")
+        is_whole = self.method == "lanczos" and self.matrix == "hessian" and not (self.compare or self.params)
+        if self.vectors is not None and (not is_whole or self.steps < 4):
+            raise ValueError(
+                "--vectors keeps eigenvectors of the whole Hessian, found by at least 4 Lanczos steps, got another "
+                "matrix, method or selection; leave --method, --matrix, --compare and --params out."
+            )
+
+    @staticmethod
+    def _keep(folder: Path, subject: "Subject", loss: str, krylov: "Krylov") -> None:
+        from ssat_probe.eigenvectors import keep
+        from ssat_probe.measures.directions import eigenvectors
+
+        keep(folder, subject, loss, eigenvectors(krylov, 2))
 
     def draw(self, table: "DataFrame") -> "Figure":
         """Density, negative part apart, certified shares below zero; both ends and negative energy per method.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssat_probe.subject import Subject
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
-DIRECTIONS = ("random", "gradient", "top", "bottom")
+DIRECTIONS = ("random", "gradient", "top", "top2", "bottom", "bottom2")
 LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
 MOST_RECONSTRUCTIONS = 4  # more panels of a second term would hide the first
 
@@ -28,7 +28,7 @@ class Probe:
     loss: str = "cross_entropy"
     "Whose parameters move, whose curvature is checked, what scalars are of: cross_entropy, reconstruction or joint."
     lines: tuple[str, ...] = ("random", "top", "bottom", "gradient")
-    "Directions of lines: random, gradient, top, bottom (eigenvectors of the largest and smallest eigenvalue)."
+    "Directions of lines: random, gradient; top, top2, bottom, bottom2: eigenvectors from either end of the Hessian."
     plane: tuple[str, ...] = ("random", "random")
     "The two directions of the surface; empty means no surface."
     num_random: int = 4
@@ -51,6 +51,8 @@ class Probe:
     "The flat share of the surface is where the loss is at most this much above the centre's."
     steps: int = 40
     "Lanczos steps for the eigenvectors."
+    eigenvectors: Path | None = None
+    "Folder in which hessian --vectors kept the eigenvectors; empty: they are found here."
     is_augmented: bool = False
     "Look at images changed as in training, each always in the same way."
     seed: int = 0
@@ -105,6 +107,8 @@ class Probe:
             raise ValueError(
                 f"num_random must be at least 1 and steps at least 2, got {self.num_random} and {self.steps}."
             )
+        if self.eigenvectors is not None and self.is_augmented:
+            raise ValueError("--eigenvectors are of clean images, got --is-augmented as well; leave one of both out.")
         for name in ("extent", "distance", "noise", "budget_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}.")
@@ -166,7 +170,9 @@ _LINES = (
     ("random", "reconstruction"),
     ("random", "l2"),
     ("top", "cross_entropy"),
+    ("top2", "cross_entropy"),
     ("bottom", "cross_entropy"),
+    ("bottom2", "cross_entropy"),
     ("gradient", "cross_entropy"),
 )
 _SURFACES = ("cross_entropy", "reconstruction")
@@ -183,7 +189,9 @@ _TITLES = {
     "random": "random directions",
     "gradient": "gradient",
     "top": "eigenvector of λmax",
+    "top2": "eigenvector of second largest λ",
     "bottom": "eigenvector of λmin",
+    "bottom2": "eigenvector of second smallest λ",
 }
 _LABELS = {
     "cross_entropy": "cross-entropy [nat]",
@@ -198,7 +206,8 @@ def _points(table: "DataFrame", quantity: str, term: str) -> "DataFrame":
 
 def _line(table: "DataFrame", kind: str, term: str) -> "DataFrame":
     rows = _points(table, "line", term)
-    return rows[rows["direction"].astype(str).str.startswith(kind)]
+    directions = rows["direction"].astype(str)
+    return rows[directions.str.startswith(kind) if kind == "random" else directions == kind]
 
 
 def _note(table: "DataFrame") -> str:
