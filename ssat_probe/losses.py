@@ -23,17 +23,15 @@ def reconstruction_error(
     decoder: nn.Module,
     images: Float[Tensor, "batch channel height width"],
     mask: Bool[Tensor, "batch token"],
-    patch_size: tuple[int, ...],
     norm_pix: bool,
 ) -> Float[Tensor, " batch"]:
     """Mean squared error of the predicted pixels over the hidden patches, per image.
 
     Args:
-        encoder: Encodes the visible patches; its ``encode`` gives ``Features``.
+        encoder: Encodes the visible patches; its ``encode`` gives ``Features``, whose grid says how large a patch is.
         decoder: Predicts every patch from them.
         images: Normalised images; the target.
         mask: True at hidden patches; the same count in every row.
-        patch_size: Height and width of a patch in pixels.
         norm_pix: Normalise the target within each patch first.
 
     Returns:
@@ -42,7 +40,9 @@ def reconstruction_error(
     References:
         He et al. (2022), Sec. 3: mean over the pixels of a patch, then over the hidden patches.
     """
-    predicted = _at_least_float32(decoder(encoder.encode(images, mask)))
+    features = encoder.encode(images, mask)
+    patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
+    predicted = _at_least_float32(decoder(features))
     per_patch = (predicted - target_of(images, patch_size, norm_pix)).square().mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)

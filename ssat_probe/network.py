@@ -1,6 +1,7 @@
 """Encoder and decoder of a recipe."""
 
 import dataclasses
+import math
 from types import ModuleType
 from typing import Any
 
@@ -9,13 +10,16 @@ from torch import nn
 
 from ssat_probe import registry
 from ssat_probe.images import Facts
-from ssat_probe.patches import grid_of, num_masked
+from ssat_probe.patches import num_masked
 from ssat_probe.recipe import Recipe
 
 Encoder = Any
-"""A module whose call gives logits, with ``encode(images, mask) -> Features``, ``num_tokens`` and ``grid``.
+"""A module whose call gives logits, with the same interface whatever its architecture.
 
-Not a Protocol: torch types every attribute of a module as tensor or module, which no Protocol can undo.
+``encode(images, mask) -> Features`` makes a full or a masked pass and ``logits_of(features)`` classifies; ``grid`` and
+``num_tokens`` say how many patches can be hidden, ``dim`` is the width of the tokens, ``with_class_token`` says whether
+there is a class token, and ``keeps_hidden`` whether hidden patches pass the blocks as mask tokens instead of being left
+out. Not a Protocol: torch types every attribute of a module as tensor or module, which no Protocol can undo.
 """
 
 
@@ -27,23 +31,31 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         facts: Of the data.
 
     Returns:
-        A recipe that rebuilds the same network whatever our defaults become; a model that does not exist, a patch
-        that does not divide the image or a mask ratio that leaves no token is a ValueError.
+        A recipe that rebuilds the same network whatever our defaults become.
+
+    Raises:
+        ValueError: If the model does not exist, its patches do not divide the image, the mask ratio leaves no token, or
+            the decoder cannot decode what the encoder gives.
     """
     module, variant = _variant(recipe.model)
     depth, width, heads = variant["decoder"]
     img_size = recipe.img_size or tuple(facts.img_size)
-    patch_size = recipe.patch_size or module.default_patch_size(img_size)
-    rows, columns = grid_of(img_size, patch_size)
-    num_masked(rows * columns, recipe.mask_ratio)
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         recipe,
         img_size=img_size,
-        patch_size=patch_size,
+        patch_size=recipe.patch_size or module.default_patch_size(img_size),
         decoder_depth=recipe.decoder_depth or depth,
         decoder_width=recipe.decoder_width or width,
         decoder_heads=recipe.decoder_heads or heads,
     )
+    encoder = _outline(resolved, facts)
+    num_masked(encoder.num_tokens, recipe.mask_ratio)
+    if recipe.decoder == "simmim" and not encoder.keeps_hidden:
+        raise ValueError(
+            f"decoder must be one for an encoder that leaves hidden patches out, as {recipe.model} does, got 'simmim'; "
+            "use shallow, or a model that carries mask tokens."
+        )
+    return resolved
 
 
 def build_encoder(recipe: Recipe, facts: Facts) -> Encoder:
@@ -80,17 +92,25 @@ def build_decoder(recipe: Recipe, facts: Facts) -> nn.Module:
     Returns:
         The module, in training mode on the current default device.
     """
-    _, variant = _variant(recipe.model)
+    encoder = _outline(recipe, facts)
+    pixels = math.prod(recipe.img_size) // encoder.num_tokens
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1)
         return registry.load("decoders", recipe.decoder).Decoder(
-            encoder_dim=variant["dim"],
-            grid=grid_of(recipe.img_size, recipe.patch_size),
-            patch_values=recipe.patch_size[0] * recipe.patch_size[1] * facts.channels,
+            encoder_dim=encoder.dim,
+            grid=encoder.grid,
+            patch_values=pixels * facts.channels,
             depth=recipe.decoder_depth,
             width=recipe.decoder_width,
             heads=recipe.decoder_heads,
+            with_class_token=encoder.with_class_token,
         )
+
+
+def _outline(recipe: Recipe, facts: Facts) -> Encoder:
+    """The encoder without storage: for its sizes."""
+    with torch.device("meta"):
+        return build_encoder(recipe, facts)
 
 
 def _variant(model: str) -> tuple[ModuleType, dict[str, Any]]:

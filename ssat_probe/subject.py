@@ -214,7 +214,7 @@ class Subject:
                 "use --loss cross_entropy, or a checkpoint of ssat or ssl_ft."
             )
         mask = self.masks(batch) if mask is None else mask
-        return reconstruction_error(self.model, self.decoder, batch.images, mask, recipe.patch_size, recipe.norm_pix)
+        return reconstruction_error(self.model, self.decoder, batch.images, mask, recipe.norm_pix)
 
     def parameters(self, term: str = "cross_entropy") -> dict[str, nn.Parameter]:
         """Trainable parameters that a loss may depend on, by name.

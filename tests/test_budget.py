@@ -41,6 +41,29 @@ def test_multiply_adds_of_vit_tiny_at_224_are_the_closed_form_and_the_papers(mak
 
 
 @pytest.mark.parametrize(
+    ("model", "patch", "dim", "depth", "giga", "millions"),
+    [
+        ("vit_base", 16, 768, 12, 17.6, 86),
+        ("vit_large", 16, 1024, 24, 61.6, 303),
+        ("vit_huge", 14, 1280, 32, 167.3, 630),
+    ],
+)
+def test_the_large_models_are_counted_without_making_them(
+    make_recipe: Make, model: str, patch: int, dim: int, depth: int, giga: float, millions: int
+) -> None:
+    recipe, facts = make_recipe((224, 224), 3, 10, model=model, patch_size=patch, method="scratch")
+    budget = budget_of(recipe, facts, 100)
+    expected = full_pass((224 // patch) ** 2, 3 * patch**2, dim, depth, 4, 10)
+    assert budget.stages[0].multiply_adds_per_image == expected
+    assert round(expected / 1e9, 1) == giga
+    # By hand: patches, class token, per block qkv, projection, MLP and two norms, the last norm, the head.
+    block = 4 * dim * dim + 4 * dim + 8 * dim * dim + 5 * dim + 4 * dim
+    parameters = (3 * patch**2 + 1) * dim + dim + depth * block + 2 * dim + 10 * (dim + 1)
+    assert budget.encoder_parameters == parameters
+    assert round(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(
     ("img_size", "patch_size", "channels", "tokens", "values", "visible"),
     [((8, 8), (2, 2), 1, 16, 4, 4), ((12, 20), (3, 5), 3, 16, 45, 4), ((28, 28), (4, 4), 1, 49, 16, 12)],
 )

@@ -53,7 +53,7 @@ def test_zero_prediction_costs_the_mean_square_of_the_hidden_pixels(parts: tuple
         target = target - target.mean(axis=2, keepdims=True)
         target /= np.sqrt((target**2).sum(axis=2, keepdims=True) / (VALUES - 1) + 1e-6)
     expected = [(target[n][mask[n].numpy()] ** 2).mean() for n in range(BATCH)]
-    got = reconstruction_error(encoder, decoder, images, mask, PATCH, norm_pix)
+    got = reconstruction_error(encoder, decoder, images, mask, norm_pix)
     np.testing.assert_allclose(got.detach(), expected, rtol=1e-12)
 
 
@@ -62,7 +62,7 @@ def test_perfect_prediction_costs_nothing(parts: tuple, generator: Callable[[str
     patch = torch.randn(PATCH[0], PATCH[1], CHANNELS, generator=generator("patch"), dtype=torch.float64)
     predicts(decoder, patch.flatten())
     images = patch.permute(2, 0, 1).repeat(BATCH, 1, GRID[0], GRID[1])
-    assert reconstruction_error(encoder, decoder, images, mask, PATCH, norm_pix=False).abs().max() == 0
+    assert reconstruction_error(encoder, decoder, images, mask, norm_pix=False).abs().max() == 0
 
 
 def test_any_prediction_is_averaged_over_a_patch_and_then_over_the_hidden_patches(parts: tuple) -> None:
@@ -71,16 +71,16 @@ def test_any_prediction_is_averaged_over_a_patch_and_then_over_the_hidden_patche
         predicted = decoder(encoder.encode(images, mask)).numpy()
     per_patch = ((predicted - by_hand(images)) ** 2).sum(axis=2) / VALUES
     expected = [per_patch[n][mask[n].numpy()].sum() / int(mask[n].sum()) for n in range(BATCH)]
-    got = reconstruction_error(encoder, decoder, images, mask, PATCH, norm_pix=False)
+    got = reconstruction_error(encoder, decoder, images, mask, norm_pix=False)
     np.testing.assert_allclose(got.detach(), expected, rtol=1e-12)
 
 
 def test_visible_pixels_have_no_part_in_the_error_but_through_the_encoder(parts: tuple) -> None:
     encoder, decoder, images, mask = parts
     predicts(decoder, torch.zeros(VALUES))
-    before = reconstruction_error(encoder, decoder, images, mask, PATCH, norm_pix=False)
+    before = reconstruction_error(encoder, decoder, images, mask, norm_pix=False)
     pixels = mask.view(BATCH, 1, *GRID).repeat_interleave(PATCH[0], 2).repeat_interleave(PATCH[1], 3)
-    after = reconstruction_error(encoder, decoder, torch.where(pixels, images, 7.0), mask, PATCH, norm_pix=False)
+    after = reconstruction_error(encoder, decoder, torch.where(pixels, images, 7.0), mask, norm_pix=False)
     torch.testing.assert_close(after, before, rtol=1e-14, atol=0)
 
 

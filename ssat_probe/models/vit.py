@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_of
 
-# Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base. Decoders: the official code of
-# Das et al. (2024). vit_nano and vit_pico are ours: six blocks, so that depth can be looked at, in under 60,000
+# Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base; Dosovitskiy et al. (2021), Table
+# 1, for large and huge (there with patches of 14 pixels: --patch-size 14). Decoders: the official code of Das et al.
+# (2024) for tiny and small. vit_nano and vit_pico are ours: six blocks, so that depth can be looked at, in under 60,000
 # parameters; and some 3,000 parameters, so that the whole Hessian can be computed.
 VARIANTS = {
     "vit_pico": {"dim": 12, "depth": 2, "heads": 3, "mlp_ratio": 2, "decoder": (1, 8, 2)},
@@ -21,6 +22,8 @@ VARIANTS = {
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12, "mlp_ratio": 4, "decoder": (2, 128, 16)},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4, "decoder": (2, 128, 16)},
+    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4, "decoder": (2, 128, 16)},
 }
 
 
@@ -73,6 +76,7 @@ class Model(nn.Module):
         self.grid = grid_of(img_size, patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.num_prefix_tokens = 1
+        self.with_class_token, self.keeps_hidden = True, False
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(img_size, patch_size, channels, dim)  # type: ignore[arg-type]  # takes pairs
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -124,7 +128,18 @@ class Model(nn.Module):
         Returns:
             One logit per class.
         """
-        return self.head(self.encode(images).class_token)
+        return self.logits_of(self.encode(images))
+
+    def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
+        """Logits from features, of a full or a masked pass.
+
+        Args:
+            features: Of this encoder.
+
+        Returns:
+            One logit per class.
+        """
+        return self.head(features.class_token)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.

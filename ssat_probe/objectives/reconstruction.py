@@ -15,7 +15,7 @@ class Objective(nn.Module):
         """Wrap the modules.
 
         Args:
-            recipe: Gives the mask ratio, the patch size and the kind of target.
+            recipe: Gives the mask ratio and the kind of target.
             encoder: Encoder; its head gets no gradient.
             decoder: Predicts the pixels.
 
@@ -44,7 +44,5 @@ class Objective(nn.Module):
             The mean reconstruction error.
         """
         mask = random_mask(noise, self.recipe.mask_ratio)
-        error = reconstruction_error(
-            self.encoder, self.decoder, images, mask, self.recipe.patch_size, self.recipe.norm_pix
-        )
+        error = reconstruction_error(self.encoder, self.decoder, images, mask, self.recipe.norm_pix)
         return Losses(error.mean(), reconstruction=error.mean().detach())

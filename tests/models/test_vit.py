@@ -65,16 +65,23 @@ def test_timms_weights_work_in_ours(model: vit.Model, reference: VisionTransform
     torch.testing.assert_close(model(images), reference(images), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base"])
-def test_a_variant_has_timms_names_shapes_and_parameters_but_fixed_positions(make_recipe: Make, name: str) -> None:
-    recipe, facts = make_recipe((224, 224), 3, 10, model=name)
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [("vit_tiny", 16), ("vit_small", 16), ("vit_base", 16), ("vit_large", 16), ("vit_huge", 14)],
+)
+def test_a_variant_has_timms_names_shapes_and_parameters_but_fixed_positions(
+    make_recipe: Make, name: str, patch: int
+) -> None:
+    recipe, facts = make_recipe((224, 224), 3, 10, model=name, patch_size=patch)
     with torch.device("meta"):
         ours = build_encoder(recipe, facts)
-        theirs = timm.create_model(f"{name}_patch16_224", num_classes=10)
+        theirs = timm.create_model(f"{name}_patch{patch}_224", num_classes=10)
     shapes = {key: value.shape for key, value in ours.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
     assert num_trainable(ours) == num_trainable(theirs) - theirs.pos_embed.numel()
-    assert [module.eps for module in ours.modules() if isinstance(module, torch.nn.LayerNorm)] == [1e-6] * 25
+    assert [module.eps for module in ours.modules() if isinstance(module, torch.nn.LayerNorm)] == [1e-6] * (
+        2 * len(ours.blocks) + 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""What must hold for every architecture, under every method."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssat_probe.checkpoint import load_checkpoint
+from ssat_probe.description import describe
+from ssat_probe.network import build_decoder, build_encoder
+from ssat_probe.objectives import ssat
+from ssat_probe.patches import random_mask
+from ssat_probe.probe import measure
+from ssat_probe.recipe import Recipe
+from ssat_probe.sample import Sample
+from ssat_probe.training import train
+
+Make = Callable[..., tuple]
+MODELS = ("vit_pico", "swin_nano")
+METHODS = ("scratch", "ssl_ft", "ssat")
+DECODERS = {"vit_pico": ("shallow",)}
+CASES = [(model, decoder) for model in MODELS for decoder in DECODERS.get(model, ("shallow", "simmim"))]
+
+
+class Stop(Exception):  # noqa: N818
+    """Somebody pulled the plug."""
+
+
+def batch_of(generator: Callable[[str], torch.Generator], num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """Images, labels, noise."""
+    images = torch.randn(6, 1, 8, 8, generator=generator("images"))
+    return images, torch.arange(6) % 5, torch.rand(6, num_tokens, generator=generator("noise"))
+
+
+@pytest.mark.parametrize(("model", "decoder"), CASES)
+def test_shapes_are_what_the_interface_says(
+    make_recipe: Make, generator: Callable[[str], torch.Generator], model: str, decoder: str
+) -> None:
+    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder)
+    encoder, decoding = build_encoder(recipe, facts), build_decoder(recipe, facts)
+    assert encoder.num_tokens == math.prod(encoder.grid)
+    images, _, noise = batch_of(generator, encoder.num_tokens)
+    mask = random_mask(noise, recipe.mask_ratio)
+    for features, is_full in ((encoder.encode(images), True), (encoder.encode(images, mask), False)):
+        shown = encoder.num_tokens if is_full or encoder.keeps_hidden else int((~mask[0]).sum())
+        assert features.grid == encoder.grid
+        assert features.tokens.shape == (6, shown, encoder.dim)
+        assert (features.class_token is not None) == encoder.with_class_token
+        assert (features.visible_ids is None) == (is_full or encoder.keeps_hidden)
+        if is_full:
+            assert features.visible_ids is None
+        assert encoder.logits_of(features).shape == (6, 5)
+    assert decoding(features).shape == (6, encoder.num_tokens, 64 // encoder.num_tokens)
+
+
+@pytest.mark.parametrize(("model", "decoder"), CASES)
+def test_every_parameter_has_a_finite_gradient_and_the_loss_falls(
+    make_recipe: Make, generator: Callable[[str], torch.Generator], model: str, decoder: str
+) -> None:
+    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder, lambda_weight=0.5)
+    encoder = build_encoder(recipe, facts)
+    objective = ssat.Objective(recipe, encoder, build_decoder(recipe, facts))
+    batch = batch_of(generator, encoder.num_tokens)
+    parameters = {name: one for name, one in objective.named_parameters() if one.requires_grad}
+    optimiser = torch.optim.SGD(parameters.values(), lr=1e-4)
+    losses = []
+    for _ in range(8):
+        loss = objective(*batch).total
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.any(), name
+        optimiser.step()
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_it_trains_resumes_to_the_bit_and_opens_again(tmp_path: Path, model: str, method: str) -> None:
+    options = {"subset": 24, "batch_size": 8, "epochs": 2, "warmup_epochs": 0.5, "base_lr": 1e-2}
+    recipe = Recipe(method=method, model=model, **options)  # type: ignore[arg-type]
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    stops = []
+
+    def progress(done: int, total: int, text: str) -> None:
+        if done == 2 + total // 2:
+            stops.append(done)
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "stopped", device="cpu", save_every_s=-1, progress=progress)
+    again = train(recipe, tmp_path / "stopped", device="cpu")
+    assert again.hash == load_checkpoint(whole.path).hash == load_checkpoint(again.path).hash
+    if method == "ssat":
+        table = measure("accuracy", [whole.path], num_images=20, device="cpu")
+        assert table["accuracy"].between(0, 1).all()
+        lines = describe(whole.path, Sample(num_images=8, batch_size=2, device="cpu"))
+        assert any(f"model: {model}" in line for line in lines)
