@@ -104,6 +104,7 @@ def build_decoder(recipe: Recipe, facts: Facts) -> nn.Module:
             width=recipe.decoder_width,
             heads=recipe.decoder_heads,
             with_class_token=encoder.with_class_token,
+            keeps_hidden=encoder.keeps_hidden,
         )
 
 

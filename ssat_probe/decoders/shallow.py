@@ -24,6 +24,7 @@ class Decoder(nn.Module):
         width: int,
         heads: int,
         with_class_token: bool = True,
+        keeps_hidden: bool = False,
     ) -> None:
         """Make the decoder with fresh weights, from torch's global generator.
 
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
             width: Width of the blocks, a multiple of 4 and of ``heads``.
             heads: Attention heads of a block.
             with_class_token: The encoder has a class token, which then takes part in the attention.
+            keeps_hidden: The encoder gives a token for every patch, so there is no mask token here.
 
         Raises:
             ValueError: If ``heads`` does not divide ``width``.
@@ -45,14 +47,15 @@ class Decoder(nn.Module):
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.num_prefix_tokens = int(with_class_token)
         self.embed = nn.Linear(encoder_dim, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = None if keeps_hidden else nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, grid, with_class_token)[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
         self.norm = norm(width)
         self.pred = nn.Linear(width, patch_values)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         """
         visible = self.embed(features.tokens)
         tokens = visible
-        if features.visible_ids is not None:
+        if features.visible_ids is not None and self.mask_token is not None:
             num_tokens = features.grid[0] * features.grid[1]
             ids = features.visible_ids[:, :, None].expand(-1, -1, visible.shape[2])
             hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_tokens, -1)

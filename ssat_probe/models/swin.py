@@ -78,8 +78,8 @@ class Model(SwinTransformer):
                 "patch_size or img_size."
             )
         super().__init__(
-            img_size=img_size,  # type: ignore[arg-type]  # takes pairs
-            patch_size=patch_size,
+            img_size=img_size,
+            patch_size=patch_size,  # type: ignore[arg-type]  # takes pairs
             in_chans=channels,
             num_classes=num_classes,
             embed_dim=dim,
