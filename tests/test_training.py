@@ -150,6 +150,43 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path: Path) -> 
         assert_same_run(train(recipe, tmp_path / "killed", device="cpu"), whole)
 
 
+KILLED_TWENTY_TIMES = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
+folder, recipe = Path(sys.argv[1]), Recipe.from_dict(json.loads(sys.argv[2]))
+kills = 0
+while kills < 20:
+    ear, mouth = os.pipe()
+    if not (pid := os.fork()):
+        train(recipe, folder, device="cpu", save_every_s=0, progress=lambda *news: os.write(mouth, b"."))
+        os._exit(0)
+    os.read(ear, 1)  # it is at work
+    time.sleep(0.3 * random.random())
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        sys.exit(f"the run was over after {kills} kills; make it longer")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(ear), os.close(mouth)
+    kills += 1
+print(kills)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_twenty_times_ends_as_one_that_was_not(tmp_path: Path, method: str) -> None:
+    recipe = tiny(method, epochs=200, warmup_epochs=5.0, augmentation="strong", ema_decay=0.9, eval_every=50)
+    folder, described = tmp_path / "killed", json.dumps(recipe.as_dict())
+    words = [sys.executable, "-c", KILLED_TWENTY_TIMES, str(folder), described]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout.strip() == "20", done.stderr
+    state = load_tensors(folder / recipe.name / "training_state.pt", "a state")["state"]
+    assert (state["stage"], state["epoch"]) > (0, 1)  # it got on between the kills
+    assert_same_run(train(recipe, folder, device="cpu"), train(recipe, tmp_path / "whole", device="cpu"))
+
+
 def test_a_finished_run_is_reused(tmp_path: Path) -> None:
     recipe = tiny()
     first = train(recipe, tmp_path, device="cpu")
