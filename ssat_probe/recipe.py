@@ -129,6 +129,12 @@ class Recipe:
     drop_path: float = 0.0
     "Chance that the last block is skipped for an image in training; smaller in proportion for the earlier ones."
 
+    mixup: float = 0.0
+    "α of mixup in classification, on the full pass alone; 0 means none, 0.8 is usual."
+
+    cutmix: float = 0.0
+    "α of CutMix in classification, on the full pass alone; with mixup, either in half of the steps; 0 means none."
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
@@ -214,6 +220,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         "pretrain_epochs": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has no pre-training",
         "budget": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has one stage",
         "label_smoothing": "" if classifies else f"{lone} does not classify",
+        "mixup": "" if classifies else f"{lone} does not classify",
+        "cutmix": "" if classifies else f"{lone} does not classify",
         "min_lr": "" if recipe.schedule != "constant" else "schedule constant never falls",
     }
     masked = ("mask_ratio", "decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix")
@@ -273,7 +281,7 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 1, "at least 1")
     for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
         check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
-    for name in ("weight_decay", "min_lr", "warmup_epochs", "seed", "subset_seed"):
+    for name in ("mixup", "cutmix", "weight_decay", "min_lr", "warmup_epochs", "seed", "subset_seed"):
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):
         check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")

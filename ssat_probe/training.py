@@ -291,7 +291,7 @@ def _update(
     device = run.accelerator.device
     parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
     sums = {"images": 0.0, "loss": 0.0}
-    with _seeded(seed, device) if run.recipe.drop_path else nullcontext():
+    with _seeded(seed, device):
         for part in parts:
             images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
             synchronise = part is parts[-1]

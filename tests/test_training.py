@@ -79,7 +79,8 @@ def assert_same_run(one: Checkpoint, other: Checkpoint) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_dies_in_every_step_ends_as_one_that_never_did(tmp_path: Path, method: str) -> None:
-    options = {"ema_decay": 0.9, "drop_path": 0.3, "layer_decay": 0.8, "schedule": "wsd"}
+    options = {"ema_decay": 0.9, "drop_path": 0.3, "layer_decay": 0.8, "schedule": "wsd", "cutmix": 1.0}
+    options |= {"mixup": 0.8}
     recipe = tiny(method, augmentation="strong", clip_grad=1.0, **options)
     whole = train(recipe, tmp_path / "whole", device="cpu")
     folder, deaths = tmp_path / "dying", 0

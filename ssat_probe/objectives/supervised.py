@@ -5,22 +5,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssat_probe.losses import Losses
+from ssat_probe.mixing import mix
 from ssat_probe.recipe import Recipe
 
 
 class Objective(nn.Module):
-    """Cross-entropy with label smoothing on the class token of a full pass."""
+    """Cross-entropy with label smoothing on the class token of a full pass, in training perhaps of mixed images."""
 
     def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None = None) -> None:
         """Wrap the modules.
 
         Args:
-            recipe: Gives the label smoothing.
+            recipe: Gives the label smoothing, and how images are mixed.
             encoder: Encoder with its head.
             decoder: Not used: there is none in the graph.
         """
         super().__init__()
         self.encoder, self.label_smoothing = encoder, recipe.label_smoothing
+        self.mixup, self.cutmix = recipe.mixup, recipe.cutmix
 
     def forward(
         self,
@@ -36,8 +38,16 @@ class Objective(nn.Module):
             noise: Not used: nothing is masked.
 
         Returns:
-            The mean cross-entropy and the logits.
+            The mean cross-entropy, and the logits unless the images were mixed and have no class of their own.
         """
+        if self.training and (self.mixup or self.cutmix):
+            mixed, partners, share = mix(images, mixup=self.mixup, cutmix=self.cutmix)
+            logits = self.encoder(mixed)
+            loss = share * self._loss(logits, labels) + (1 - share) * self._loss(logits, labels[partners])
+            return Losses(loss, cross_entropy=loss.detach())
         logits = self.encoder(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = self._loss(logits, labels)
         return Losses(loss, cross_entropy=loss.detach(), logits=logits.detach())
+
+    def _loss(self, logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssat_probe.mixing import mix
 from ssat_probe.network import build_decoder, build_encoder
 from ssat_probe.objectives.supervised import Objective
 
@@ -38,3 +39,29 @@ def test_there_is_no_decoder_in_the_objective(make_recipe: Make) -> None:
     objective(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), torch.rand(2, 16)).total.backward()
     assert all(parameter.grad is None for parameter in decoder.parameters())
     assert all(parameter.grad is not None for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+def test_a_mixed_batch_is_judged_by_both_classes(
+    make_recipe: Make, generator: Callable[[str], torch.Generator]
+) -> None:
+    recipe, facts = make_recipe(num_classes=CLASSES, label_smoothing=0.1, mixup=0.8)
+    encoder = build_encoder(recipe, facts).double()
+    images = torch.randn(BATCH, 1, 8, 8, generator=generator("images"), dtype=torch.float64)
+    labels = torch.tensor([6, 0, 3, 3, 1])
+    objective = Objective(recipe, encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        losses = objective(images, labels, torch.rand(BATCH, 16))
+        torch.manual_seed(5)
+        torch.rand(BATCH, 16)
+        mixed, partners, share = mix(images, mixup=0.8, cutmix=0.0)
+    one_hot = torch.eye(CLASSES, dtype=torch.float64)
+    weights = 0.9 * (share * one_hot[labels] + (1 - share) * one_hot[labels[partners]]) + 0.1 / CLASSES
+    expected = -(weights * encoder(mixed).log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(losses.total, expected)
+    assert losses.logits is None
+    plain = Objective(make_recipe(num_classes=CLASSES, label_smoothing=0.1)[0], encoder)
+    assert (
+        objective.eval()(images, labels, torch.rand(BATCH, 16)).total
+        == plain(images, labels, torch.rand(BATCH, 16)).total
+    )
