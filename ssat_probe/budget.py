@@ -76,7 +76,7 @@ def budget_of(recipe: Recipe, facts: Facts, num_images: int) -> Budget:
         Counted on tensors without storage, so that any model is counted at once.
     """
     with torch.device("meta"), torch.random.fork_rng():
-        encoder, decoder = build_encoder(recipe, facts), build_decoder(recipe, facts)
+        encoder, decoder = build_encoder(recipe, facts).eval(), build_decoder(recipe, facts).eval()
         full, masked = _multiply_adds(encoder, decoder, recipe, facts)
     reconstructs = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
     classifies = recipe.method == "ssat" and recipe.lambda_weight > 0

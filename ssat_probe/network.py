@@ -13,6 +13,8 @@ from ssat_probe.images import Facts
 from ssat_probe.patches import num_masked
 from ssat_probe.recipe import Recipe
 
+TIMM, PRETRAINED = "timm:", "pretrained"
+
 Encoder = Any
 """A module whose call gives logits, with the same interface whatever its architecture.
 
@@ -37,13 +39,12 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         ValueError: If the model does not exist, its patches do not divide the image, the mask ratio leaves no token, or
             the decoder cannot decode what the encoder gives.
     """
-    module, variant = _variant(recipe.model)
-    depth, width, heads = variant["decoder"]
+    module, options, (depth, width, heads) = _family(recipe.model)
     img_size = recipe.img_size or tuple(facts.img_size)
     resolved = dataclasses.replace(
         recipe,
         img_size=img_size,
-        patch_size=recipe.patch_size or module.default_patch_size(img_size),
+        patch_size=recipe.patch_size or module.default_patch_size(options.get("name", img_size)),
         decoder_depth=recipe.decoder_depth or depth,
         decoder_width=recipe.decoder_width or width,
         decoder_heads=recipe.decoder_heads or heads,
@@ -58,18 +59,19 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
     return resolved
 
 
-def build_encoder(recipe: Recipe, facts: Facts) -> Encoder:
+def build_encoder(recipe: Recipe, facts: Facts, with_pretrained: bool = False) -> Encoder:
     """Encoder with its head; fresh weights that depend on the recipe's seed alone.
 
     Args:
         recipe: Resolved.
         facts: Of the data.
+        with_pretrained: Fetch the weights of ``timm:NAME?pretrained``, as the beginning of a training does.
 
     Returns:
         The module, in training mode on the current default device.
     """
-    module, variant = _variant(recipe.model)
-    options = {name: value for name, value in variant.items() if name != "decoder"}
+    module, options, _ = _family(recipe.model)
+    options |= {"is_pretrained": True} if with_pretrained and recipe.model.endswith(f"?{PRETRAINED}") else {}
     options |= {"drop_path": recipe.drop_path} if recipe.drop_path else {}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -114,8 +116,17 @@ def _outline(recipe: Recipe, facts: Facts) -> Encoder:
         return build_encoder(recipe, facts)
 
 
-def _variant(model: str) -> tuple[ModuleType, dict[str, Any]]:
-    """Module of a model's family and the row of its table."""
+def _family(model: str) -> tuple[ModuleType, dict[str, Any], tuple[int, int, int]]:
+    """Module of a model, what its constructor is told beyond sizes, and depth, width and heads of its decoder."""
+    if model.startswith(TIMM):
+        module = registry.load("models", "timm_vit")
+        name, _, choice = model.removeprefix(TIMM).partition("?")
+        if choice not in ("", PRETRAINED):
+            raise ValueError(
+                f"A model of timm's must be timm:NAME or timm:NAME?{PRETRAINED} to be trained, got {model!r}."
+            )
+        return module, {"name": name}, module.DECODER
     variants = registry.variants("models")
-    module = registry.load("models", variants[registry.known(model, variants, "models")])
-    return module, module.VARIANTS[model]
+    module = registry.load("models", variants[registry.known(model, variants, "models (or timm:NAME)")])
+    options = dict(module.VARIANTS[model])
+    return module, options, options.pop("decoder")

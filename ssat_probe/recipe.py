@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Recipe:
     "scratch, ssl_ft (masked pre-training, then fine-tuning) or ssat (both at once)."
 
     model: str = "vit_nano"
-    "Encoder; ssat-probe list names them."
+    "Encoder; ssat-probe list names them, and timm:NAME is any plain Vision Transformer of timm's."
 
     data: str = "digits"
     "Data set; ssat-probe list names them."
@@ -150,7 +151,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """Name of the run: model, data, method and seed."""
-        return f"{self.model.replace(':', '_')}-{self.data}-{self.method}-seed{self.seed}"
+        return f"{re.sub('[:?]', '_', self.model)}-{self.data}-{self.method}-seed{self.seed}"
 
     @property
     def stage_epochs(self) -> dict[str, int]:

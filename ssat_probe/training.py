@@ -219,7 +219,7 @@ def _start(
     GradientState._reset_state()
     accelerator = _engine(recipe, device, tracker, folder)
     has_decoder = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
-    encoder = build_encoder(recipe, facts).to(accelerator.device)
+    encoder = build_encoder(recipe, facts, with_pretrained=True).to(accelerator.device)
     decoder = build_decoder(recipe, facts).to(accelerator.device) if has_decoder else None
     return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
 

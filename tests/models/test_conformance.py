@@ -18,9 +18,10 @@ from ssat_probe.sample import Sample
 from ssat_probe.training import train
 
 Make = Callable[..., tuple]
-MODELS = ("vit_pico", "swin_nano")
+MODELS = ("vit_pico", "swin_nano", "cvt_nano", "timm:test_vit")
 METHODS = ("scratch", "ssl_ft", "ssat")
-DECODERS = {"vit_pico": ("shallow",)}
+DECODERS = {"vit_pico": ("shallow",), "timm:test_vit": ("shallow",)}
+SIZES = {"timm:test_vit": {"patch_size": (2, 2)}}
 CASES = [(model, decoder) for model in MODELS for decoder in DECODERS.get(model, ("shallow", "simmim"))]
 
 
@@ -38,7 +39,7 @@ def batch_of(generator: Callable[[str], torch.Generator], num_tokens: int) -> tu
 def test_shapes_are_what_the_interface_says(
     make_recipe: Make, generator: Callable[[str], torch.Generator], model: str, decoder: str
 ) -> None:
-    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder)
+    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder, **SIZES.get(model, {}))
     encoder, decoding = build_encoder(recipe, facts), build_decoder(recipe, facts)
     assert encoder.num_tokens == math.prod(encoder.grid)
     images, _, noise = batch_of(generator, encoder.num_tokens)
@@ -59,7 +60,7 @@ def test_shapes_are_what_the_interface_says(
 def test_every_parameter_has_a_finite_gradient_and_the_loss_falls(
     make_recipe: Make, generator: Callable[[str], torch.Generator], model: str, decoder: str
 ) -> None:
-    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder, lambda_weight=0.5)
+    recipe, facts = make_recipe((8, 8), 1, 5, model=model, decoder=decoder, **SIZES.get(model, {}), lambda_weight=0.5)
     encoder = build_encoder(recipe, facts)
     objective = ssat.Objective(recipe, encoder, build_decoder(recipe, facts))
     batch = batch_of(generator, encoder.num_tokens)
@@ -82,7 +83,7 @@ def test_every_parameter_has_a_finite_gradient_and_the_loss_falls(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_it_trains_resumes_to_the_bit_and_opens_again(tmp_path: Path, model: str, method: str) -> None:
-    options = {"subset": 24, "batch_size": 8, "epochs": 2, "warmup_epochs": 0.5, "base_lr": 1e-2}
+    options = {"subset": 24, "batch_size": 8, "epochs": 2, "warmup_epochs": 0.5, "base_lr": 1e-2} | SIZES.get(model, {})
     recipe = Recipe(method=method, model=model, **options)  # type: ignore[arg-type]
     whole = train(recipe, tmp_path / "whole", device="cpu")
     stops = []

@@ -1,0 +1,424 @@
+"""Convolutional vision Transformer with a class token in its last stage, masked in pixel space (Wu et al., 2021)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from timm.layers import DropPath, calculate_drop_path_rates
+from torch import Tensor, nn
+
+from ssat_probe.patches import Features
+
+# cvt_13: Wu et al. (2021), Table 2. cvt_nano is ours, for 8x8 digits.
+VARIANTS = {
+    "cvt_nano": {"dims": (8, 16, 24), "depths": (1, 1, 2), "heads": (1, 2, 3), "mlp_ratio": 2, "decoder": (2, 16, 4)},
+    "cvt_13": {
+        "dims": (64, 192, 384),
+        "depths": (1, 2, 10),
+        "heads": (1, 3, 6),
+        "mlp_ratio": 4,
+        "decoder": (2, 128, 16),
+    },
+}
+
+
+def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
+    """Stride of the first embedding when none is asked for: 4 pixels from 128 on, 2 from 24, else 1.
+
+    Args:
+        img_size: Height and width in pixels.
+
+    Returns:
+        Height and width. What is hidden are the patches of the last stage: four times as large.
+    """
+    smaller = min(img_size)
+    side = 4 if smaller >= 128 else 2 if smaller >= 24 else 1
+    return side, side
+
+
+class Model(nn.Module):
+    """Convolutional vision Transformer; its weights have the names and shapes of Microsoft's.
+
+    A masked pass sets the hidden pixels to 0, the mean colour, before the first of the overlapping convolutions, so
+    that nothing of them leaks into visible tokens, and puts a mask token in their places after it; it takes as long as
+    a full pass, and leaves the running statistics of the batch norms alone.
+
+    Not lucidrains' variant of the same name, which has no class token.
+
+    References:
+        Wu et al. (2021), https://arxiv.org/abs/2103.15808.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        channels: int,
+        num_classes: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        mlp_ratio: int | float = 4,
+        drop_path: float = 0.0,
+    ) -> None:
+        """Make the model with fresh weights, from torch's global generator.
+
+        Args:
+            img_size: Height and width of the images in pixels.
+            patch_size: Stride of the first embedding in pixels; its kernel is 2 * stride - 1 wide (7 for 4).
+            channels: Channels of the images.
+            num_classes: Classes of the head.
+            dims: Width of each stage.
+            depths: Blocks of each stage.
+            heads: Attention heads of each stage.
+            mlp_ratio: Width of the hidden layer of an MLP in units of the stage's width.
+            drop_path: Chance that the last block's branches are skipped for an image in training; the other blocks of
+                the last stage have their share of it, the stages before none, as in the paper.
+
+        Raises:
+            ValueError: If the total stride does not divide the image.
+        """
+        super().__init__()
+        self.ratio = 2 ** (len(dims) - 1)
+        stride = (patch_size[0] * self.ratio, patch_size[1] * self.ratio)
+        if img_size[0] % stride[0] or img_size[1] % stride[1]:
+            raise ValueError(
+                f"patch_size times {self.ratio}, the total stride of CvT, must divide the image of "
+                f"{img_size[0]}x{img_size[1]} pixels, got {patch_size[0]}x{patch_size[1]}; choose another patch_size "
+                "or img_size."
+            )
+        self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, dims[-1]
+        self.stride, self.grid = stride, (img_size[0] // stride[0], img_size[1] // stride[1])
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.num_prefix_tokens = 1
+        self.with_class_token, self.keeps_hidden = True, True
+        self.num_stages = len(dims)
+        for number in range(self.num_stages):
+            is_last = number == self.num_stages - 1
+            stage = Stage(
+                dims[number - 1] if number else channels,
+                dims[number],
+                patch_size if number == 0 else (2, 2),
+                heads[number],
+                mlp_ratio,
+                calculate_drop_path_rates(drop_path if is_last else 0.0, depths[number]),
+                with_class_token=is_last,
+            )
+            self.add_module(f"stage{number}", stage)
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = nn.Linear(dims[-1], num_classes)
+        self.mask_token = nn.Parameter(torch.zeros(1, dims[0], 1, 1))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.apply(_init_weights)
+
+    def encode(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        mask: Bool[Tensor, "batch token"] | None = None,
+    ) -> Features:
+        """Features of the images, or of their visible patches alone.
+
+        Args:
+            images: Normalised images.
+            mask: True at the patches to hide, whose pixels are not looked at; none for a full pass.
+
+        Returns:
+            The tokens of the last stage after the final norm, the hidden ones among them.
+        """
+        counts = mask is None
+        hidden = None
+        if mask is not None:
+            hidden = mask.to(images.device).unflatten(1, self.grid)[:, None]
+            images = torch.where(_enlarged(hidden, self.stride), 0.0, images)
+        maps, class_token = self.stage0.embedded(images), None  # type: ignore[operator]
+        if hidden is not None:
+            maps = torch.where(_enlarged(hidden, (self.ratio, self.ratio)), self.mask_token.to(maps.dtype), maps)
+        for number in range(self.num_stages):
+            stage: Any = getattr(self, f"stage{number}")
+            maps = stage.embedded(maps) if number else maps
+            maps, class_token = stage(maps, counts)
+        assert class_token is not None
+        tokens = self.norm(torch.cat([class_token, maps.flatten(2).mT], dim=1))
+        return Features(tokens[:, 1:], tokens[:, 0], self.grid, None)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Logits of a full pass: the head on the class token.
+
+        Args:
+            images: Normalised images.
+
+        Returns:
+            One logit per class.
+        """
+        return self.logits_of(self.encode(images))
+
+    def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
+        """Logits from features, of a full or a masked pass.
+
+        Args:
+            features: Of this encoder.
+
+        Returns:
+            One logit per class.
+        """
+        return self.head(features.class_token)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.
+
+        Args:
+            coarse: One layer per stage instead of one per block.
+
+        Returns:
+            Patterns: the first embedding, the blocks with the embeddings before them, and after them norm and head.
+        """
+        blocks = r"^stage(\d+)" if coarse else [(r"^stage(\d+)\.(?:patch_embed|cls_token)", (-1,)),
+                                               (r"^stage(\d+)\.blocks\.(\d+)", None),
+                                               (r"^norm|^head", (99999,))]  # fmt: skip
+        return {"stem": r"^stage0\.patch_embed|^mask_token", "blocks": blocks}
+
+
+class Stage(nn.Module):
+    """An overlapping convolutional embedding, then blocks; a class token joins in the last stage."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        stride: tuple[int, int],
+        heads: int,
+        mlp_ratio: int | float,
+        drop_paths: list[float],
+        *,
+        with_class_token: bool,
+    ) -> None:
+        """Make the stage with fresh weights.
+
+        Args:
+            in_dim: Channels that come in.
+            dim: Width.
+            stride: Of the embedding, in rows and columns of what comes in.
+            heads: Attention heads of a block.
+            mlp_ratio: Width of the hidden layer of an MLP in units of ``dim``.
+            drop_paths: Chance to skip a branch of each block; there are as many blocks.
+            with_class_token: Put a class token in front.
+        """
+        super().__init__()
+        self.patch_embed = Embedding(in_dim, dim, stride)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if with_class_token else None
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, chance) for chance in drop_paths)
+
+    def embedded(
+        self, maps: Float[Tensor, "batch in_channel in_row in_column"]
+    ) -> Float[Tensor, "batch channel row column"]:
+        """Fewer and wider tokens, before the blocks.
+
+        Args:
+            maps: What comes in.
+
+        Returns:
+            Tokens as a map.
+        """
+        return self.patch_embed(maps)
+
+    def forward(
+        self, maps: Float[Tensor, "batch channel row column"], counts: bool
+    ) -> tuple[Float[Tensor, "batch channel row column"], Float[Tensor, "batch 1 channel"] | None]:
+        """Tokens after the blocks.
+
+        Args:
+            maps: What ``embedded`` gave.
+            counts: Batch norms take this pass into their running statistics.
+
+        Returns:
+            The tokens as a map, and the class token if there is one.
+        """
+        grid, tokens = maps.shape[2:], maps.flatten(2).mT
+        num_prefix = 0
+        if self.cls_token is not None:
+            num_prefix = 1
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens, (grid[0], grid[1]), counts)
+        maps = tokens[:, num_prefix:].mT.unflatten(2, grid)
+        return maps, tokens[:, :1] if num_prefix else None
+
+
+class Embedding(nn.Module):
+    """Overlapping convolution, then a norm of each token."""
+
+    def __init__(self, in_dim: int, dim: int, stride: tuple[int, int]) -> None:
+        """Make it with fresh weights.
+
+        Args:
+            in_dim: Channels that come in.
+            dim: Channels that go out.
+            stride: In rows and columns; the kernel is 2 * stride - 1 wide, at least 3.
+        """
+        super().__init__()
+        kernel = tuple(max(3, 2 * step - 1) for step in stride)
+        padding = tuple(max(1, step // 2) for step in stride)
+        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, padding)  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """A map with one column per stride.
+
+        Args:
+            maps: (batch, channel, row, column).
+
+        Returns:
+            (batch, channel, row, column).
+        """
+        return self.norm(self.proj(maps).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Attention with convolutional projections, then an MLP, each on a normed copy and added."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int | float, drop_path: float) -> None:
+        """Make the block with fresh weights.
+
+        Args:
+            dim: Width.
+            heads: Attention heads.
+            mlp_ratio: Width of the hidden layer of the MLP in units of ``dim``.
+            drop_path: Chance to skip a branch in training.
+        """
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], grid: tuple[int, int], counts: bool
+    ) -> Float[Tensor, "batch token dim"]:
+        """Tokens after the block.
+
+        Args:
+            tokens: A class token in front if there is one more than the grid has places.
+            grid: Rows and columns.
+            counts: Batch norms take this pass into their running statistics.
+
+        Returns:
+            As many tokens.
+        """
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, counts))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+class Attention(nn.Module):
+    """Self-attention whose queries, keys and values come from depth-wise convolutions; keys on every second place."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """Make it with fresh weights.
+
+        Args:
+            dim: Width.
+            heads: Attention heads.
+        """
+        super().__init__()
+        self.num_heads = heads
+        self.scale = dim**-0.5
+        "Of the whole width, not of a head's: as in Microsoft's code, whose weights need it."
+        self.conv_proj_q, self.conv_proj_k, self.conv_proj_v = (Projection(dim, stride) for stride in (1, 2, 2))
+        self.proj_q, self.proj_k, self.proj_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token dim"], grid: tuple[int, int], counts: bool
+    ) -> Float[Tensor, "batch token dim"]:
+        """What each token takes from the keys.
+
+        Args:
+            tokens: A class token in front if there is one more than the grid has places.
+            grid: Rows and columns.
+            counts: Batch norms take this pass into their running statistics.
+
+        Returns:
+            As many tokens.
+        """
+        num_prefix = tokens.shape[1] - grid[0] * grid[1]
+        class_token, maps = tokens[:, :num_prefix], tokens[:, num_prefix:].mT.unflatten(2, grid)
+        heads = []
+        for name in ("q", "k", "v"):
+            projected = getattr(self, f"conv_proj_{name}")(maps, counts).flatten(2).mT
+            projected = getattr(self, f"proj_{name}")(torch.cat([class_token, projected], dim=1))
+            heads.append(projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2))
+        out = F.scaled_dot_product_attention(*heads, scale=self.scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Projection(nn.Module):
+    """Depth-wise 3x3 convolution and batch norm."""
+
+    def __init__(self, dim: int, stride: int) -> None:
+        """Make it with fresh weights.
+
+        Args:
+            dim: Channels.
+            stride: 2 keeps every second row and column.
+        """
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride, 1, bias=False, groups=dim)
+        self.bn = nn.BatchNorm2d(dim)
+
+    def forward(
+        self, maps: Float[Tensor, "batch channel in_row in_column"], counts: bool
+    ) -> Float[Tensor, "batch channel row column"]:
+        """The map after both.
+
+        Args:
+            maps: Tokens as a map.
+            counts: Take this pass into the running statistics; in training its own statistics are used either way.
+
+        Returns:
+            Tokens as a map.
+        """
+        maps = self.conv(maps)
+        if counts or not self.training:
+            return self.bn(maps)
+        return F.batch_norm(maps, None, None, self.bn.weight, self.bn.bias, training=True, eps=self.bn.eps)
+
+
+class Mlp(nn.Module):
+    """Two linear maps around x · sigmoid(1.702 x), the quick GELU of Microsoft's code."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        """Make it with fresh weights.
+
+        Args:
+            dim: Width.
+            hidden: Width in between.
+        """
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
+        """Each token by itself.
+
+        Args:
+            tokens: Normed.
+
+        Returns:
+            As many tokens.
+        """
+        hidden = self.fc1(tokens)
+        return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
+
+
+def _enlarged(hidden: Bool[Tensor, "batch 1 row column"], by: tuple[int, int]) -> Bool[Tensor, "batch 1 height width"]:
+    return hidden.repeat_interleave(by[0], 2).repeat_interleave(by[1], 3)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As in Microsoft's code: linear weights of standard deviation 0.02, zero biases; the rest is torch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

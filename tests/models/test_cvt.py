@@ -1,0 +1,200 @@
+"""CvT against a plain reading of the paper, and its masked pass against leaks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssat_probe.budget import budget_of
+from ssat_probe.models import cvt
+from ssat_probe.network import build_encoder, resolve
+from ssat_probe.recipe import Recipe
+
+Make = Callable[..., tuple]
+DIMS, DEPTHS, HEADS = (6, 8, 15), (1, 2, 2), (2, 4, 3)
+
+
+def made(img_size: tuple[int, int] = (24, 48), patch_size: tuple[int, int] = (2, 4)) -> cvt.Model:
+    torch.manual_seed(5)
+    model = cvt.Model(
+        img_size=img_size, patch_size=patch_size, channels=3, num_classes=11, dims=DIMS, depths=DEPTHS, heads=HEADS,
+        mlp_ratio=2,
+    ).double()  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after some training
+            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    return model.eval()
+
+
+def images_of(generator: Callable[[str], torch.Generator], img_size: tuple[int, int] = (24, 48)) -> Tensor:
+    return torch.randn(5, 3, *img_size, generator=generator("cvt"), dtype=torch.float64)
+
+
+def by_the_paper(state: dict[str, Tensor], image: Tensor, strides: tuple[tuple[int, int], ...]) -> Tensor:
+    """Logits of one image, written straight down from Wu et al. (2021), Sec. 3, in eval mode."""
+
+    def linear(name: str, tokens: Tensor) -> Tensor:
+        return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, tokens: Tensor) -> Tensor:
+        mean, variance = tokens.mean(-1, keepdim=True), tokens.var(-1, keepdim=True, correction=0)
+        return (tokens - mean) / (variance + 1e-5).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def projection(name: str, maps: Tensor, stride: int) -> Tensor:
+        maps = F.conv2d(maps, state[f"{name}.conv.weight"], None, stride, 1, groups=maps.shape[1])
+        mean, variance = state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"]
+        scale = state[f"{name}.bn.weight"] / (variance + 1e-5).sqrt()
+        maps = (maps - mean[:, None, None]) * scale[:, None, None] + state[f"{name}.bn.bias"][:, None, None]
+        return maps[0].flatten(1).T
+
+    maps = image[None]
+    for stage, (depth, heads, stride) in enumerate(zip(DEPTHS, HEADS, strides, strict=True)):
+        name = f"stage{stage}"
+        maps = F.conv2d(
+            maps, state[f"{name}.patch_embed.proj.weight"], state[f"{name}.patch_embed.proj.bias"], stride,
+            tuple(step // 2 for step in stride),
+        )  # fmt: skip
+        (rows, columns), dim = maps.shape[2:], maps.shape[1]
+        tokens = norm(f"{name}.patch_embed.norm", maps[0].flatten(1).T)
+        prefix = state[f"{name}.cls_token"][0] if stage == 2 else tokens[:0]
+        tokens = torch.cat([prefix, tokens])
+        for number in range(depth):
+            block = f"{name}.blocks.{number}"
+            normed = norm(f"{block}.norm1", tokens)
+            first, grid = normed[: len(prefix)], normed[len(prefix) :].T.reshape(1, dim, rows, columns)
+            q, k, v = (
+                linear(f"{block}.attn.proj_{letter}", torch.cat([first, one])).reshape(-1, heads, dim // heads)
+                for letter, one in (
+                    (letter, projection(f"{block}.attn.conv_proj_{letter}", grid, 1 if letter == "q" else 2))
+                    for letter in "qkv"
+                )
+            )
+            weights = (torch.einsum("qhd,khd->hqk", q, k) / dim**0.5).softmax(-1)
+            tokens = tokens + linear(f"{block}.attn.proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(-1, dim))
+            hidden = linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens))
+            tokens = tokens + linear(f"{block}.mlp.fc2", hidden / (1 + torch.exp(-1.702 * hidden)))
+        maps = tokens[len(prefix) :].T.reshape(1, dim, rows, columns)
+    return linear("head", norm("norm", tokens[0]))
+
+
+def test_it_is_the_papers(generator: Callable[[str], torch.Generator]) -> None:
+    model = made()
+    images = images_of(generator)
+    with torch.no_grad():
+        expected = torch.stack([by_the_paper(model.state_dict(), one, ((2, 4), (2, 2), (2, 2))) for one in images])
+        torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_cvt_13_has_the_papers_parameters_and_multiply_adds(make_recipe: Make) -> None:
+    recipe, facts = make_recipe((224, 224), 3, 1000, model="cvt_13", method="scratch")
+    with torch.device("meta"):
+        model = build_encoder(recipe, facts)
+    count = sum(value.numel() for name, value in model.named_parameters() if name != "mask_token")
+    assert round(count / 1e6, 2) == 19.98  # Wu et al. (2021), Table 3
+    budget = budget_of(recipe, facts, 100)
+    assert budget.encoder_parameters == count + 64
+    assert budget.stages[0].multiply_adds_per_image == by_hand(224, 1000)
+    assert round(by_hand(224, 1000) / 1e9, 1) == 4.5  # Table 3
+
+
+def by_hand(side: int, classes: int) -> int:
+    """Multiply-adds of a full pass of cvt_13."""
+    total, in_dim = 0, 3
+    stages = zip((64, 192, 384), (1, 2, 10), (4, 2, 2), (7, 3, 3), (0, 0, 1), strict=True)
+    for dim, depth, stride, kernel, prefix in stages:
+        side //= stride
+        queries, keys = side**2 + prefix, (side // 2) ** 2 + prefix
+        total += side**2 * kernel**2 * in_dim * dim
+        block = 9 * dim * (side**2 + 2 * (side // 2) ** 2)  # depth-wise convolutions
+        block += dim * dim * (queries + 2 * keys + queries) + 2 * queries * keys * dim + 8 * dim * dim * queries
+        total, in_dim = total + depth * block, dim
+    return total + in_dim * classes
+
+
+def test_names_are_microsofts() -> None:
+    state = made().state_dict()
+    for name in (
+        "stage0.patch_embed.proj.weight", "stage0.patch_embed.norm.bias",
+        "stage1.blocks.1.attn.conv_proj_k.conv.weight",
+        "stage1.blocks.1.attn.conv_proj_v.bn.running_var", "stage2.cls_token", "stage2.blocks.0.attn.proj_q.bias",
+        "stage2.blocks.1.mlp.fc2.weight", "norm.weight", "head.bias",
+    ):  # fmt: skip
+        assert name in state
+    assert not any("cls_token" in name for name in state if not name.startswith("stage2"))
+
+
+def test_hidden_pixels_get_no_gradient_and_change_nothing_in_training(
+    generator: Callable[[str], torch.Generator],
+) -> None:
+    model = made().train()
+    images = images_of(generator)
+    mask = torch.rand(5, 9, generator=generator("mask")) < 0.6
+    hidden = mask.view(5, 1, 3, 3).repeat_interleave(8, 2).repeat_interleave(16, 3).expand_as(images)
+    images.requires_grad_()
+    features = model.encode(images, mask)
+    (features.tokens.square().sum() + features.class_token.square().sum()).backward()  # type: ignore[union-attr]
+    assert images.grad is not None
+    assert not images.grad[hidden].any()
+    assert images.grad[~hidden].all()
+    changed = torch.where(hidden, float("nan"), images.detach())
+    again = model.encode(changed, mask)
+    assert torch.equal(again.tokens, features.tokens)
+    assert torch.equal(again.class_token, features.class_token)
+
+
+def test_hidden_places_hold_the_mask_token_after_the_first_embedding(
+    generator: Callable[[str], torch.Generator],
+) -> None:
+    model, images = made(), images_of(generator)
+    mask = torch.rand(5, 9, generator=generator("mask")) < 0.5
+    seen: list[Tensor] = []
+    model.stage0.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features = model.encode(images, mask)
+    assert (features.grid, features.visible_ids) == ((3, 3), None)
+    assert features.tokens.shape == (5, 9, 15)
+    fine = mask.view(5, 3, 3).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    maps = seen[0].permute(0, 2, 3, 1)
+    assert (maps[fine] == model.mask_token[0, :, 0, 0]).all()
+    black = torch.where(mask.view(5, 1, 3, 3).repeat_interleave(8, 2).repeat_interleave(16, 3), 0.0, images)
+    assert torch.equal(maps[~fine], model.stage0.embedded(black).permute(0, 2, 3, 1)[~fine])
+
+
+def test_a_masked_pass_leaves_the_running_statistics_alone_and_a_full_one_does_not(
+    generator: Callable[[str], torch.Generator],
+) -> None:
+    model, images = made().train(), images_of(generator)
+    mask = torch.rand(5, 9, generator=generator("mask")) < 0.5
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    masked = model.encode(images, mask)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    model.encode(images)
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    # In training a masked pass has its own batch's statistics, as batch norm itself would.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    own = model.encode(torch.where(mask.view(5, 1, 3, 3).repeat_interleave(8, 2).repeat_interleave(16, 3), 0.0, images))
+    assert not torch.equal(own.tokens, masked.tokens)  # its mask tokens differ; the statistics are looked at below
+    projection = model.stage0.blocks[0].attn.conv_proj_q
+    maps = torch.randn(5, 6, 4, 3, generator=generator("maps"), dtype=torch.float64)
+    torch.testing.assert_close(projection(maps, False), projection(maps, True), rtol=0, atol=1e-13)
+
+
+def test_one_image_does_not_change_with_its_neighbours(generator: Callable[[str], torch.Generator]) -> None:
+    model, images = made(), images_of(generator)
+    torch.testing.assert_close(model(images)[2:3], model(images[2:3]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (4, 8)])
+def test_any_stride_gives_the_grid(patch: tuple[int, int]) -> None:
+    model = made((patch[0] * 12, patch[1] * 8), patch)
+    assert model.grid == (3, 2)
+    assert model.encode(torch.zeros(1, 3, patch[0] * 12, patch[1] * 8, dtype=torch.float64)).tokens.shape == (1, 6, 15)
+
+
+def test_a_stride_that_does_not_divide_the_image_is_named(make_facts: Make) -> None:
+    with pytest.raises(ValueError, match="patch_size times 4, the total stride of CvT, must divide the image of 28x36"):
+        resolve(Recipe(model="cvt_13"), make_facts((28, 36)))
