@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssat_probe import objectives, registry
 from ssat_probe.images import Facts
-from ssat_probe.network import Encoder, build_decoder, build_encoder
-from ssat_probe.patches import random_mask
+from ssat_probe.network import Encoder, build_encoder
 from ssat_probe.recipe import Recipe
 
 
@@ -22,7 +22,7 @@ class Stage:
     steps: int
     images: int
     multiply_adds_per_image: int
-    "Of one forward pass; the backward pass takes about twice as many."
+    "Of all forward passes of a step; the backward passes take about twice as many."
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Budget:
     encoder_parameters: int
     "Trainable ones, with the head."
     decoder_parameters: int
-    "Trainable ones; 0 where the run has no decoder."
+    "Trainable ones of what the task puts behind the encoder; 0 where the run has no task."
     stages: tuple[Stage, ...]
 
     @property
@@ -75,19 +75,15 @@ def budget_of(recipe: Recipe, facts: Facts, num_images: int) -> Budget:
     Returns:
         Counted on tensors without storage, so that any model is counted at once.
     """
-    with torch.device("meta"), torch.random.fork_rng():
-        encoder, decoder = build_encoder(recipe, facts).eval(), build_decoder(recipe, facts).eval()
-        full, masked = _multiply_adds(encoder, decoder, recipe, facts)
-    reconstructs = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
-    classifies = recipe.method == "ssat" and recipe.lambda_weight > 0
-    cost = {"pretrain": masked, "finetune": full, "train": full}
-    if recipe.method == "ssat":
-        cost["train"] = full * classifies + masked * reconstructs
+    with torch.device("meta"):
+        encoder = build_encoder(recipe, facts)
+        behind = objectives.behind_encoder(recipe, facts, encoder)
+        cost = {stage: _multiply_adds(recipe, facts, stage, encoder, behind) for stage in recipe.stage_epochs}
     steps = steps_per_epoch(num_images, recipe.batch_size)
     images = steps * min(recipe.batch_size, num_images)
     return Budget(
         _num_trainable(encoder),
-        _num_trainable(decoder) if reconstructs else 0,
+        _num_trainable(behind) if behind is not None else 0,
         tuple(
             Stage(name, epochs, epochs * steps, epochs * images, cost[name])
             for name, epochs in recipe.stage_epochs.items()
@@ -95,17 +91,16 @@ def budget_of(recipe: Recipe, facts: Facts, num_images: int) -> Budget:
     )
 
 
-def _multiply_adds(encoder: Encoder, decoder: nn.Module, recipe: Recipe, facts: Facts) -> tuple[int, int]:
-    """Multiply-adds of a full pass, and of a masked pass with the decoder, for one image."""
-    images = torch.empty(1, facts.channels, *recipe.img_size)
-    mask = random_mask(torch.linspace(0, 1, encoder.num_tokens, device="cpu")[None], recipe.mask_ratio)
-    passes = (lambda: encoder(images), lambda: decoder(encoder.encode(images, mask)))
-    counts = []
-    for run in passes:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            run()
-        counts.append(counter.get_total_flops() // 2)
-    return counts[0], counts[1]
+def _multiply_adds(recipe: Recipe, facts: Facts, stage: str, encoder: Encoder, behind: nn.Module | None) -> int:
+    """Multiply-adds of an image in a stage's loss, all passes together."""
+    objective = registry.load("objectives", objectives.name_of(recipe, stage)).Objective(recipe, encoder, behind).eval()
+    images = torch.empty(recipe.batch_size, facts.channels, *recipe.img_size)
+    labels = torch.zeros(recipe.batch_size, dtype=torch.int64)
+    noise = torch.linspace(0, 1, encoder.num_tokens, device="cpu").expand(recipe.batch_size, -1)
+    views = {"other": images} if objective.num_views == 2 else {}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        objective(images, labels, noise, **views)
+    return counter.get_total_flops() // 2 // recipe.batch_size
 
 
 def _num_trainable(module: nn.Module) -> int:

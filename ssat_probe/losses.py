@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssat_probe.patches import patchify
+from ssat_probe.patches import Features, patchify
 
 
 class Losses(NamedTuple):
@@ -16,6 +16,8 @@ class Losses(NamedTuple):
     cross_entropy: Float[Tensor, ""] | None = None
     reconstruction: Float[Tensor, ""] | None = None
     logits: Float[Tensor, "batch class"] | None = None
+    auxiliary: Float[Tensor, ""] | None = None
+    "Of a self-supervised task that reconstructs nothing."
 
 
 def reconstruction_error(
@@ -24,8 +26,10 @@ def reconstruction_error(
     images: Float[Tensor, "batch channel height width"],
     mask: Bool[Tensor, "batch token"],
     norm_pix: bool,
+    distance: str = "mse",
+    features: Features | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Mean squared error of the predicted pixels over the hidden patches, per image.
+    """Mean squared (or absolute) error of the predicted pixels over the hidden patches, per image.
 
     Args:
         encoder: Encodes the visible patches; its ``encode`` gives ``Features``, whose grid says how large a patch is.
@@ -33,17 +37,20 @@ def reconstruction_error(
         images: Normalised images; the target.
         mask: True at hidden patches; the same count in every row.
         norm_pix: Normalise the target within each patch first.
+        distance: ``mse``, or ``l1`` for absolute errors (Xie et al., 2022, Sec. 3.4).
+        features: What the encoder made of the masked images, where that is known already.
 
     Returns:
-        In units of the normalised pixels squared.
+        In units of the normalised pixels squared; of the normalised pixels for ``l1``.
 
     References:
         He et al. (2022), Sec. 3: mean over the pixels of a patch, then over the hidden patches.
     """
-    features = encoder.encode(images, mask)
+    features = encoder.encode(images, mask) if features is None else features
     patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
     predicted = _at_least_float32(decoder(features))
-    per_patch = (predicted - target_of(images, patch_size, norm_pix)).square().mean(dim=2)
+    errors = predicted - target_of(images, patch_size, norm_pix)
+    per_patch = (errors.abs() if distance == "l1" else errors.square()).mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
 

@@ -51,7 +51,7 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
     )
     encoder = _outline(resolved, facts)
     num_masked(encoder.num_tokens, recipe.mask_ratio)
-    if recipe.decoder == "simmim" and not encoder.keeps_hidden:
+    if recipe.reconstructs and decoder_of(recipe) == "simmim" and not encoder.keeps_hidden:
         raise ValueError(
             f"decoder must be one for an encoder that leaves hidden patches out, as {recipe.model} does, got 'simmim'; "
             "use shallow, or a model that carries mask tokens."
@@ -71,6 +71,7 @@ def build_encoder(recipe: Recipe, facts: Facts, with_pretrained: bool = False) -
         The module, in training mode on the current default device.
     """
     module, options, _ = _family(recipe.model)
+    options |= {"keeps_hidden": True} if recipe.task == "simmim" and not hasattr(module, "KEEPS_HIDDEN") else {}
     options |= {"is_pretrained": True} if with_pretrained and recipe.model.endswith(f"?{PRETRAINED}") else {}
     options |= {"drop_path": recipe.drop_path} if recipe.drop_path else {}
     with torch.random.fork_rng():
@@ -98,7 +99,7 @@ def build_decoder(recipe: Recipe, facts: Facts) -> nn.Module:
     pixels = math.prod(recipe.img_size) // encoder.num_tokens
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1)
-        return registry.load("decoders", recipe.decoder).Decoder(
+        return registry.load("decoders", decoder_of(recipe)).Decoder(
             encoder_dim=encoder.dim,
             grid=encoder.grid,
             patch_values=pixels * facts.channels,
@@ -108,6 +109,18 @@ def build_decoder(recipe: Recipe, facts: Facts) -> nn.Module:
             with_class_token=encoder.with_class_token,
             keeps_hidden=encoder.keeps_hidden,
         )
+
+
+def decoder_of(recipe: Recipe) -> str:
+    """Decoder of the masked pass.
+
+    Args:
+        recipe: Gives the task and the decoder.
+
+    Returns:
+        A file of ``decoders``, without ending: task simmim has its own.
+    """
+    return "simmim" if recipe.task == "simmim" else recipe.decoder
 
 
 def _outline(recipe: Recipe, facts: Facts) -> Encoder:

@@ -19,7 +19,12 @@ class Features:
     grid: tuple[int, int]
     "Rows and columns of the full grid of patches."
     visible_ids: Int[Tensor, "batch token"] | None
-    "Raster index of each token; none in a full pass."
+    "Raster index of each token; none where there is a token for every patch."
+
+    @property
+    def summary(self) -> Float[Tensor, "batch dim"]:
+        """The image in one vector: the class token, or the mean of the tokens where there is none."""
+        return self.tokens.mean(dim=1) if self.class_token is None else self.class_token
 
 
 def patchify(

@@ -16,6 +16,9 @@ LearningRateRule = Literal["linear", "none"]
 Schedule = Literal["cosine", "constant", "wsd"]
 Augmentation = Literal["none", "crop", "standard", "strong"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Task = Literal["reconstruction", "simmim", "contrastive", "dino"]
+View = Literal["full", "masked"]
+Distance = Literal["mse", "l1"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,15 @@ class Recipe:
     cutmix: float = 0.0
     "α of CutMix in classification, on the full pass alone; with mixup, either in half of the steps; 0 means none."
 
+    task: Task = "reconstruction"
+    "Self-supervised task of ssat and of the first stage of ssl_ft: reconstruction, simmim, contrastive or dino."
+
+    reconstruction_loss: Distance = "mse"
+    "Errors of task reconstruction, squared or absolute (l1); simmim has absolute ones."
+
+    cls_view: View = "full"
+    "What ssat classifies: the full image, or its visible patches alone, which the reconstruction then shares."
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
@@ -152,6 +164,16 @@ class Recipe:
     def name(self) -> str:
         """Name of the run: model, data, method and seed."""
         return f"{re.sub('[:?]', '_', self.model)}-{self.data}-{self.method}-seed{self.seed}"
+
+    @property
+    def has_task(self) -> bool:
+        """Whether a stage trains on the self-supervised task."""
+        return self.method == "ssl_ft" or (self.method == "ssat" and self.lambda_weight < 1)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the task predicts pixels, so that there is a decoder."""
+        return self.task in ("reconstruction", "simmim")
 
     @property
     def stage_epochs(self) -> dict[str, int]:
@@ -211,7 +233,7 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
     Returns:
         Why each of them has no effect, by its name.
     """
-    masks = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
+    masks = recipe.has_task and recipe.reconstructs
     classifies = recipe.method != "ssat" or recipe.lambda_weight > 0
     lone = f"method {recipe.method}" + (
         f" with lambda_weight {recipe.lambda_weight:g}" if recipe.method == "ssat" else ""
@@ -223,10 +245,18 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         "label_smoothing": "" if classifies else f"{lone} does not classify",
         "mixup": "" if classifies else f"{lone} does not classify",
         "cutmix": "" if classifies else f"{lone} does not classify",
+        "task": "" if recipe.has_task else f"{lone} has no task",
+        "cls_view": "" if recipe.method == "ssat" and classifies else f"{lone} classifies full images or none",
         "min_lr": "" if recipe.schedule != "constant" else "schedule constant never falls",
     }
-    masked = ("mask_ratio", "decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix")
-    reasons |= dict.fromkeys(masked, "" if masks else f"{lone} masks nothing")
+    why = lone if not recipe.has_task else f"task {recipe.task}"
+    decoding = ("decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix", "reconstruction_loss")
+    reasons |= dict.fromkeys(decoding, "" if masks else f"{why} masks nothing")
+    classifies_masked = recipe.method == "ssat" and recipe.cls_view == "masked"
+    reasons["mask_ratio"] = "" if masks or classifies_masked else f"{why} masks nothing"
+    if masks and recipe.task == "simmim":
+        own = "task simmim has its own linear decoder and absolute errors"
+        reasons |= dict.fromkeys([name for name in decoding if name != "norm_pix"], own)
     if recipe.method == "ssl_ft" and recipe.pretrain_epochs is not None:
         reasons["budget"] = "pretrain_epochs says it"
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
@@ -286,6 +316,10 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):
         check(name, getattr(recipe, name) < 2**63 - 1, "below 2^63 - 1")
+    mixes = recipe.mixup > 0 or recipe.cutmix > 0
+    check("cls_view", recipe.cls_view == "full" or not mixes, "full with mixup or cutmix, which mix full images")
+    views = not (recipe.has_task and recipe.augmentation == "none" and recipe.task in ("contrastive", "dino"))
+    check("augmentation", views, f"crop, standard or strong for task {recipe.task}, which compares two views")
     check("ema_decay", recipe.ema_decay is None or 0 <= recipe.ema_decay < 1, "at least 0 and below 1")
     check("layer_decay", 0 < recipe.layer_decay <= 1, "above 0 and at most 1")
     check("drop_path", 0 <= recipe.drop_path < 1, "at least 0 and below 1")

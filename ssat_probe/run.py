@@ -51,6 +51,7 @@ class Run:
     accelerator: Accelerator
     encoder: Encoder
     decoder: nn.Module | None
+    "What the task puts behind the encoder; only one that predicts pixels goes into checkpoints."
     workers: int
 
     @property
@@ -132,7 +133,7 @@ def write_checkpoint(
         The checkpoint, in every process.
     """
     network: dict[str, nn.Module] = dict((run.network if average is None else average).named_children())
-    weights = state_of(network["encoder"], network.get("decoder"))
+    weights = state_of(network["encoder"], network.get("decoder") if run.recipe.reconstructs else None)
     epoch = run.recipe.stage_epochs[stage]
     stage = stage if average is None else f"{stage}-ema"
     checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
@@ -166,7 +167,7 @@ def write_snapshot(run: Run, stage: str, epoch: int) -> None:
         epoch: Epochs of it that are finished.
     """
     if run.accelerator.is_main_process:
-        weights = state_of(run.encoder, run.decoder)
+        weights = state_of(run.encoder, run.decoder if run.recipe.reconstructs else None)
         path = snapshot_path(run.folder, stage, epoch)
         save_checkpoint(Checkpoint(path, run.recipe, run.facts, stage, epoch, weights))
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ssat_probe import registry
+from ssat_probe import objectives, registry
 from ssat_probe.augmentation import augment
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
@@ -25,7 +25,7 @@ from ssat_probe.data import open_dataset
 from ssat_probe.images import Facts, Images, normalise, split
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.losses import Losses
-from ssat_probe.network import build_decoder, build_encoder, resolve
+from ssat_probe.network import build_encoder, resolve
 from ssat_probe.optimisation import build_optimiser, set_rate
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
@@ -41,9 +41,6 @@ from ssat_probe.run import (
 )
 from ssat_probe.schedule import learning_rate
 from ssat_probe.table import write_atomically
-
-OBJECTIVES = {"scratch": "supervised", "pretrain": "reconstruction", "finetune": "supervised", "ssat": "ssat"}
-"Objective of a method's only stage, and of the two stages of ssl_ft."
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -218,9 +215,9 @@ def _start(
     AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
     GradientState._reset_state()
     accelerator = _engine(recipe, device, tracker, folder)
-    has_decoder = recipe.method == "ssl_ft" or (recipe.method == "ssat" and recipe.lambda_weight < 1)
     encoder = build_encoder(recipe, facts, with_pretrained=True).to(accelerator.device)
-    decoder = build_decoder(recipe, facts).to(accelerator.device) if has_decoder else None
+    decoder = objectives.behind_encoder(recipe, facts, encoder)
+    decoder = decoder.to(accelerator.device) if decoder is not None else None
     return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
 
 
@@ -247,7 +244,7 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
 
 def _stage(run: Run, stage: str, saved: dict[str, Any] | None) -> tuple[nn.Module, Any]:
     """Objective and optimiser of a stage, ready for the engine."""
-    name = OBJECTIVES[run.recipe.method if stage == "train" else stage]
+    name = objectives.name_of(run.recipe, stage)
     objective = registry.load("objectives", name).Objective(run.recipe, run.encoder, run.decoder)
     objective, optimiser = run.accelerator.prepare(objective, build_optimiser(objective, run.recipe))
     if saved is not None:
@@ -287,6 +284,8 @@ def _update(
     generator = torch.Generator().manual_seed(seed)
     pixels = augment(pixels, run.recipe.augmentation, run.facts, generator)
     noise = torch.rand(len(pixels), run.encoder.num_tokens, generator=generator)
+    plain: Any = run.accelerator.unwrap_model(objective)
+    others = augment(loaded[0], run.recipe.augmentation, run.facts, generator) if plain.num_views == 2 else None
     set_rate(optimiser, rate)
     device = run.accelerator.device
     parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
@@ -294,15 +293,18 @@ def _update(
     with _seeded(seed, device):
         for part in parts:
             images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
+            views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
             synchronise = part is parts[-1]
             with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
-                losses = objective(images, part_labels, noise[part])
+                losses = objective(images, part_labels, noise[part], **views)
             run.accelerator.backward(losses.total * (len(part) / len(pixels)))
             for name, value in _sums(losses, part_labels).items():
                 sums[name] = sums.get(name, 0.0) + value
     norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
     optimiser.step()
     optimiser.zero_grad()
+    if hasattr(plain, "after_step"):
+        plain.after_step()
     return {**sums, "steps": 1.0, "grad_norm": float(norm)}
 
 
@@ -318,7 +320,7 @@ def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
     """Loss terms summed over the images of a batch, and the number of correct predictions."""
     num = len(labels)
     sums = {"images": float(num), "loss": float(losses.total.detach()) * num}
-    for name in ("cross_entropy", "reconstruction"):
+    for name in ("cross_entropy", "reconstruction", "auxiliary"):
         if (value := getattr(losses, name)) is not None:
             sums[name] = float(value) * num
     if losses.logits is not None:
@@ -350,6 +352,7 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: Mode
         "loss": sums["loss"] / num,
         "cross_entropy": sums.get("cross_entropy", nan) / num,
         "reconstruction": sums.get("reconstruction", nan) / num,
+        **({"auxiliary": sums["auxiliary"] / num} if "auxiliary" in sums else {}),
         "learning_rate": rate,
         "grad_norm": sums["grad_norm"] / sums["steps"],
         "train_accuracy": sums.get("correct", nan) / num,

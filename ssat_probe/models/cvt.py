@@ -22,6 +22,9 @@ VARIANTS = {
     },
 }
 
+KEEPS_HIDDEN = True
+"Hidden patches always pass the blocks as mask tokens, whatever the task."
+
 
 def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
     """Stride of the first embedding when none is asked for: 4 pixels from 128 on, 2 from 24, else 1.
@@ -93,7 +96,7 @@ class Model(nn.Module):
         self.stride, self.grid = stride, (img_size[0] // stride[0], img_size[1] // stride[1])
         self.num_tokens = self.grid[0] * self.grid[1]
         self.num_prefix_tokens = 1
-        self.with_class_token, self.keeps_hidden = True, True
+        self.with_class_token, self.keeps_hidden = True, KEEPS_HIDDEN
         self.num_stages = len(dims)
         for number in range(self.num_stages):
             is_last = number == self.num_stages - 1

@@ -18,6 +18,9 @@ VARIANTS = {
     "swin_tiny": {"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), "window": 7, "decoder": (2, 128, 16)},
 }
 
+KEEPS_HIDDEN = True
+"Hidden patches always pass the blocks as mask tokens, whatever the task."
+
 
 def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
     """Size of the embedded patches when none is asked for: 4 pixels from 128 on, 2 from 24, else 1.
@@ -91,7 +94,7 @@ class Model(SwinTransformer):
         self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, self.num_features
         self.grid = (img_size[0] // stride[0], img_size[1] // stride[1])
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.with_class_token, self.keeps_hidden = False, True
+        self.with_class_token, self.keeps_hidden = False, KEEPS_HIDDEN
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         for module in self.modules():

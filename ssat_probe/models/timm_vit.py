@@ -28,6 +28,7 @@ class Model(VisionTransformer):
         num_classes: int = 1000,
         drop_path: float = 0.0,
         is_pretrained: bool = False,
+        keeps_hidden: bool = False,
     ) -> None:
         """Make the model, with fresh weights from torch's global generator or with those of timm's hub.
 
@@ -39,6 +40,7 @@ class Model(VisionTransformer):
             num_classes: Classes of the head.
             drop_path: Chance that the last block's branches are skipped for an image in training.
             is_pretrained: Fetch the weights; positions and patches are resampled to the sizes that are asked for.
+            keeps_hidden: Replace hidden patches by a mask token instead of leaving them out (Xie et al., 2022).
 
         Raises:
             ValueError: If timm has no such model, or it is no plain Vision Transformer, or cannot be made in this size.
@@ -66,7 +68,10 @@ class Model(VisionTransformer):
         self.channels, self.dim = channels, made.embed_dim
         self.grid = (int(made.patch_embed.grid_size[0]), int(made.patch_embed.grid_size[1]))
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.with_class_token, self.keeps_hidden = made.cls_token is not None, False
+        self.with_class_token, self.keeps_hidden = made.cls_token is not None, keeps_hidden
+        if keeps_hidden:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, self.dim))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def encode(
         self,
@@ -77,15 +82,18 @@ class Model(VisionTransformer):
 
         Args:
             images: Normalised images.
-            mask: True at the patches to hide, which the blocks then never see; none for a full pass.
+            mask: True at the patches to hide, of which the blocks then see nothing; none for a full pass.
 
         Returns:
             The patch tokens after the final norm, and the class token where there is one; no register tokens.
         """
-        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        tokens = self.patch_embed(images)
+        if mask is not None and self.keeps_hidden:
+            tokens = torch.where(mask.to(images.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = self.norm_pre(self._pos_embed(tokens))
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         visible_ids = None
-        if mask is not None:
+        if mask is not None and not self.keeps_hidden:
             visible_ids = visible_ids_of(mask).to(images.device)
             patches = patches.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
         tokens = torch.cat([prefix, patches], dim=1)

@@ -56,6 +56,7 @@ class Model(nn.Module):
         heads: int,
         mlp_ratio: int | float = 4,
         drop_path: float = 0.0,
+        keeps_hidden: bool = False,
     ) -> None:
         """Make the model with fresh weights, from torch's global generator.
 
@@ -70,13 +71,14 @@ class Model(nn.Module):
             mlp_ratio: Width of the hidden layer of an MLP in units of ``dim``.
             drop_path: Chance that the last block's branches are skipped for an image in training; block i of n has
                 i / (n - 1) of it (Huang et al., 2016, https://arxiv.org/abs/1603.09382).
+            keeps_hidden: Replace hidden patches by a mask token instead of leaving them out (Xie et al., 2022).
         """
         super().__init__()
         self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, dim
         self.grid = grid_of(img_size, patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.num_prefix_tokens = 1
-        self.with_class_token, self.keeps_hidden = True, False
+        self.with_class_token, self.keeps_hidden = True, keeps_hidden
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(img_size, patch_size, channels, dim)  # type: ignore[arg-type]  # takes pairs
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -91,6 +93,9 @@ class Model(nn.Module):
         self.head = nn.Linear(dim, num_classes)
         nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
+        if keeps_hidden:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def encode(
         self,
@@ -101,15 +106,18 @@ class Model(nn.Module):
 
         Args:
             images: Normalised images.
-            mask: True at the patches to hide, which the blocks then never see; none for a full pass. Best on the CPU,
-                where counting the visible ones waits for nothing.
+            mask: True at the patches to hide, of which the blocks then see nothing; none for a full pass. Best on the
+                CPU, where counting the visible ones waits for nothing.
 
         Returns:
             The tokens after the final norm.
         """
-        tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
+        tokens = self.patch_embed(images)
+        if mask is not None and self.keeps_hidden:
+            tokens = torch.where(mask.to(images.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + self.pos_embed[:, 1:]
         visible_ids = None
-        if mask is not None:
+        if mask is not None and not self.keeps_hidden:
             visible_ids = visible_ids_of(mask).to(images.device)
             tokens = tokens.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
@@ -150,7 +158,11 @@ class Model(nn.Module):
         Returns:
             Patterns: the embedding, the blocks, and after them norm and head.
         """
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": r"^blocks\.(\d+)", "end": r"^norm|^head"}
+        return {
+            "stem": r"^cls_token|^mask_token|^pos_embed|^patch_embed",
+            "blocks": r"^blocks\.(\d+)",
+            "end": r"^norm|^head",
+        }
 
 
 def init_weights(module: nn.Module) -> None:

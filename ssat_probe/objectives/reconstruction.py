@@ -1,15 +1,18 @@
-"""Masked reconstruction: the pre-training stage of SSL+FT (He et al., 2022)."""
+"""Masked reconstruction, the task of the paper: pixels of hidden patches (He et al., 2022)."""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssat_probe.losses import Losses, reconstruction_error
-from ssat_probe.patches import random_mask
+from ssat_probe.patches import Features, random_mask
 from ssat_probe.recipe import Recipe
 
 
 class Objective(nn.Module):
-    """Mean squared error over the hidden patches of a masked pass."""
+    """Mean squared or absolute error over the hidden patches of a masked pass."""
+
+    num_views = 1
+    masks = True
 
     def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None) -> None:
         """Wrap the modules.
@@ -32,6 +35,8 @@ class Objective(nn.Module):
         images: Float[Tensor, "batch channel height width"],
         labels: Int[Tensor, " batch"],
         noise: Float[Tensor, "batch token"],
+        other: Float[Tensor, "batch channel height width"] | None = None,
+        features: Features | None = None,
     ) -> Losses:
         """Loss of a batch.
 
@@ -39,10 +44,14 @@ class Objective(nn.Module):
             images: Normalised images.
             labels: Not used.
             noise: Uniform numbers that decide the masks.
+            other: Not used: one view is enough.
+            features: Of the masked pass, where they are known already.
 
         Returns:
             The mean reconstruction error.
         """
         mask = random_mask(noise, self.recipe.mask_ratio)
-        error = reconstruction_error(self.encoder, self.decoder, images, mask, self.recipe.norm_pix)
+        error = reconstruction_error(
+            self.encoder, self.decoder, images, mask, self.recipe.norm_pix, self.recipe.reconstruction_loss, features
+        )
         return Losses(error.mean(), reconstruction=error.mean().detach())

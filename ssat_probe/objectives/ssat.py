@@ -1,54 +1,71 @@
-"""Classification and masked reconstruction at once, λ·CE + (1-λ)·MSE (Das et al., 2024)."""
+"""Classification and a self-supervised task at once, λ·CE + (1-λ)·task (Das et al., 2024)."""
 
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ssat_probe import registry
 from ssat_probe.losses import Losses
-from ssat_probe.objectives import reconstruction, supervised
+from ssat_probe.objectives import supervised
+from ssat_probe.patches import random_mask
 from ssat_probe.recipe import Recipe
 
 
 class Objective(nn.Module):
-    """Convex combination of the cross-entropy of a full pass and the reconstruction error of a masked one."""
+    """Convex combination of the cross-entropy and the loss of the recipe's task, by default masked reconstruction."""
 
     def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None) -> None:
         """Wrap the modules; a term of weight 0 is not in the graph.
 
         Args:
-            recipe: Gives λ, which weighs the classification.
-            encoder: Encoder with its head, shared by both passes.
-            decoder: Predicts the pixels; not used when λ is 1.
+            recipe: Gives λ, which weighs the classification, the task, and what is classified.
+            encoder: Encoder with its head, shared by both terms.
+            decoder: What the task puts behind the encoder; not used when λ is 1.
         """
         super().__init__()
-        self.lambda_weight = recipe.lambda_weight
+        self.recipe = recipe
         self.supervised: Any = supervised.Objective(recipe, encoder) if recipe.lambda_weight > 0 else None
-        self.reconstruction: Any = (
-            reconstruction.Objective(recipe, encoder, decoder) if recipe.lambda_weight < 1 else None
-        )
+        task = registry.load("objectives", recipe.task).Objective
+        self.task: Any = task(recipe, encoder, decoder) if recipe.lambda_weight < 1 else None
+        self.num_views = task.num_views if self.task is not None else 1
+        both = self.supervised is not None and self.task is not None
+        mixes = recipe.mixup > 0 or recipe.cutmix > 0
+        self.shares_pass = both and not mixes and task.masks == (recipe.cls_view == "masked")
 
     def forward(
         self,
         images: Float[Tensor, "batch channel height width"],
         labels: Int[Tensor, " batch"],
         noise: Float[Tensor, "batch token"],
+        other: Float[Tensor, "batch channel height width"] | None = None,
     ) -> Losses:
-        """Loss of a batch: both passes see the same augmented images.
+        """Loss of a batch: both terms see the same augmented images, and share their pass where it is the same.
 
         Args:
             images: Normalised images.
             labels: Class of each.
             noise: Uniform numbers that decide the masks.
+            other: The images augmented once more, for a task that looks at two views.
 
         Returns:
-            The weighted total, the unweighted terms, and the logits of the full pass.
+            The weighted total, the unweighted terms, and the logits.
         """
         if self.supervised is None:
-            return self.reconstruction(images, labels, noise)
-        if self.reconstruction is None:
-            return self.supervised(images, labels, noise)
-        full = self.supervised(images, labels, noise)
-        masked = self.reconstruction(images, labels, noise)
-        total = self.lambda_weight * full.total + (1 - self.lambda_weight) * masked.total
-        return Losses(total, full.cross_entropy, masked.reconstruction, full.logits)
+            return self.task(images, labels, noise, other)
+        features = None
+        if self.recipe.cls_view == "masked" or self.shares_pass:
+            mask = random_mask(noise, self.recipe.mask_ratio) if self.recipe.cls_view == "masked" else None
+            features = self.supervised.encoder.encode(images, mask)
+        classified = self.supervised(images, labels, noise, features=features)
+        if self.task is None:
+            return classified
+        own = self.task(images, labels, noise, other, features if self.shares_pass else None)
+        weight = self.recipe.lambda_weight
+        total = weight * classified.total + (1 - weight) * own.total
+        return Losses(total, classified.cross_entropy, own.reconstruction, classified.logits, own.auxiliary)
+
+    def after_step(self) -> None:
+        """What the task does after each step of the optimiser, if anything."""
+        if hasattr(self.task, "after_step"):
+            self.task.after_step()

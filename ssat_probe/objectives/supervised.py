@@ -1,18 +1,23 @@
 """Cross-entropy of the full image: training from scratch, and fine-tuning."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssat_probe.losses import Losses
 from ssat_probe.mixing import mix
+from ssat_probe.patches import Features
 from ssat_probe.recipe import Recipe
 
 
 class Objective(nn.Module):
     """Cross-entropy with label smoothing on the class token of a full pass, in training perhaps of mixed images."""
 
-    def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None = None) -> None:
+    num_views = 1
+
+    def __init__(self, recipe: Recipe, encoder: Any, decoder: nn.Module | None = None) -> None:
         """Wrap the modules.
 
         Args:
@@ -29,6 +34,7 @@ class Objective(nn.Module):
         images: Float[Tensor, "batch channel height width"],
         labels: Int[Tensor, " batch"],
         noise: Float[Tensor, "batch token"],
+        features: Features | None = None,
     ) -> Losses:
         """Loss of a batch.
 
@@ -36,16 +42,17 @@ class Objective(nn.Module):
             images: Normalised images.
             labels: Class of each.
             noise: Not used: nothing is masked.
+            features: What to classify instead, where the encoder has already made it of these images.
 
         Returns:
             The mean cross-entropy, and the logits unless the images were mixed and have no class of their own.
         """
-        if self.training and (self.mixup or self.cutmix):
+        if features is None and self.training and (self.mixup or self.cutmix):
             mixed, partners, share = mix(images, mixup=self.mixup, cutmix=self.cutmix)
             logits = self.encoder(mixed)
             loss = share * self._loss(logits, labels) + (1 - share) * self._loss(logits, labels[partners])
             return Losses(loss, cross_entropy=loss.detach())
-        logits = self.encoder(images)
+        logits = self.encoder(images) if features is None else self.encoder.logits_of(features)
         loss = self._loss(logits, labels)
         return Losses(loss, cross_entropy=loss.detach(), logits=logits.detach())
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -102,3 +104,26 @@ def test_it_trains_resumes_to_the_bit_and_opens_again(tmp_path: Path, model: str
         assert table["accuracy"].between(0, 1).all()
         lines = describe(whole.path, Sample(num_images=8, batch_size=2, device="cpu"))
         assert any(f"model: {model}" in line for line in lines)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("task", ["simmim", "contrastive", "dino"])
+def test_every_task_trains_on_it_and_resumes_to_the_bit(tmp_path: Path, model: str, task: str) -> None:
+    options = {"subset": 16, "batch_size": 8, "epochs": 1, "warmup_epochs": 0.5} | SIZES.get(model, {})
+    recipe = Recipe(method="ssl_ft", model=model, task=task, **options)  # type: ignore[arg-type]
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+
+    def progress(done: int, total: int, text: str) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "stopped", device="cpu", save_every_s=-1, progress=progress)
+    again = train(recipe, tmp_path / "stopped", device="cpu")
+    assert again.hash == load_checkpoint(whole.path).hash
+    log = pd.read_csv(whole.path.parent / "log.csv")
+    column = "reconstruction" if task == "simmim" else "auxiliary"
+    assert np.isfinite(log[column][0])
+    pretrain = load_checkpoint(whole.path.with_name("pretrain.pt"))
+    assert pretrain.has_decoder == (task == "simmim")
+    assert not any("teacher" in name for name in pretrain.state)

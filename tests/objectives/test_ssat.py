@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from ssat_probe import registry
 from ssat_probe.losses import Losses
 from ssat_probe.network import build_decoder, build_encoder
-from ssat_probe.objectives import reconstruction, ssat, supervised
+from ssat_probe.objectives import behind_encoder, reconstruction, ssat, supervised
+from ssat_probe.patches import random_mask
 
 Make = Callable[..., tuple]
 BATCH = 5
@@ -108,3 +110,32 @@ def test_without_a_decoder_only_lambda_one_works(make_recipe: Make) -> None:
     recipe, encoder, _ = parts(make_recipe, 0.9)
     with pytest.raises(ValueError, match="needs a decoder, got none"):
         ssat.Objective(recipe, encoder, None)
+
+
+@pytest.mark.parametrize("task", ["reconstruction", "simmim", "contrastive", "dino"])
+@pytest.mark.parametrize("view", ["full", "masked"])
+def test_any_task_is_combined_with_the_classification_of_either_view(
+    make_recipe: Make, batch: tuple, generator: Callable[[str], torch.Generator], task: str, view: str
+) -> None:
+    recipe, facts = make_recipe(model="vit_pico", task=task, cls_view=view, lambda_weight=0.3)
+    encoder = build_encoder(recipe, facts)
+    behind = behind_encoder(recipe, facts, encoder)
+    assert behind is not None
+    objective = ssat.Objective(recipe, encoder.double(), behind.double())
+    other = torch.randn(BATCH, 1, 8, 8, generator=generator("other"), dtype=torch.float64)
+    views = {"other": other} if objective.num_views == 2 else {}
+    assert bool(views) == (task in ("contrastive", "dino"))
+    alone = registry.load("objectives", task).Objective(recipe, encoder, behind).eval()
+    own = alone(*batch, **views).total
+    mask = random_mask(batch[2], 0.75) if view == "masked" else None
+    logits = encoder.logits_of(encoder.encode(batch[0], mask))
+    entropy = torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.1)
+    passes = []
+    handle = encoder.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    got = objective.eval()(*batch, **views)
+    handle.remove()
+    torch.testing.assert_close(got.total, 0.3 * entropy + 0.7 * own, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.logits, logits.detach(), rtol=0, atol=1e-12)
+    # A pass that both terms need is made once.
+    shared = (task in ("reconstruction", "simmim")) == (view == "masked")
+    assert len(passes) == (2 if views else 1) + (not shared)
