@@ -68,7 +68,7 @@ def _few(names: Sequence[str] | Mapping[str, str]) -> str:
 
 def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
     """Size of the model and its tokens."""
-    facts, size, patch = checkpoint.facts, checkpoint.recipe.img_size, checkpoint.recipe.patch_size
+    facts, size = checkpoint.facts, checkpoint.recipe.img_size
     count = sum(parameter.numel() for parameter in model.parameters())
     decoder = checkpoint.decoder()
     extra = f" + {sum(p.numel() for p in decoder.parameters()):,} in the decoder" if decoder is not None else ""
@@ -81,6 +81,7 @@ def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
     prefix = getattr(model, "num_prefix_tokens", None)
     if isinstance(prefix, int):
         grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        patch = (size[0] // grid[0], size[1] // grid[1]) if grid else ()
         shown = f"grid {grid[0]} x {grid[1]} of patches {patch[0]} x {patch[1]}" if grid else "no grid"
         lines.append(f"  tokens: {shown}; {_groups(model, prefix)}")
     return lines

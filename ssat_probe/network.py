@@ -140,6 +140,6 @@ def _family(model: str) -> tuple[ModuleType, dict[str, Any], tuple[int, int, int
             )
         return module, {"name": name}, module.DECODER
     variants = registry.variants("models")
-    module = registry.load("models", variants[registry.known(model, variants, "models (or timm:NAME)")])
+    module = registry.load("models", variants[registry.known(model, variants, "models")])
     options = dict(module.VARIANTS[model])
     return module, options, options.pop("decoder")

@@ -172,3 +172,28 @@ def test_options_that_change_nothing_are_named_with_the_reason(fields: dict[str,
 def test_shares_outside_their_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(fields))} must be "):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("task", ["contrastive", "dino"])
+def test_two_views_must_differ(task: Any) -> None:
+    sentence = f"augmentation must be crop, standard or strong for task {task}, which compares two views, got 'none'"
+    with pytest.raises(ValueError, match=sentence):
+        Recipe(task=task, augmentation="none")
+    assert Recipe(task=task, augmentation="none", method="scratch").has_task is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"task": "dino", "norm_pix": True, "mask_ratio": 0.5}, {"norm_pix", "mask_ratio"}),
+        ({"task": "dino", "cls_view": "masked", "mask_ratio": 0.5}, set()),
+        ({"task": "simmim", "decoder_depth": 1, "reconstruction_loss": "l1"}, {"decoder_depth", "reconstruction_loss"}),
+        ({"task": "simmim", "norm_pix": True, "mask_ratio": 0.5}, set()),
+        ({"method": "scratch", "task": "simmim"}, {"task"}),
+        ({"method": "ssl_ft", "cls_view": "masked"}, {"cls_view"}),
+        ({"lambda_weight": 0.0, "cls_view": "masked"}, {"cls_view"}),
+        ({"reconstruction_loss": "l1"}, set()),
+    ],
+)
+def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], named: set[str]) -> None:
+    assert without_effect(Recipe(**fields)).keys() == named

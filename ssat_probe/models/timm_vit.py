@@ -89,7 +89,8 @@ class Model(VisionTransformer):
         """
         tokens = self.patch_embed(images)
         if mask is not None and self.keeps_hidden:
-            tokens = torch.where(mask.to(images.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+            hidden = mask.to(images.device).reshape(*tokens.shape[:-1], 1)  # some models keep rows and columns here
+            tokens = torch.where(hidden, self.mask_token.squeeze(0).to(tokens.dtype), tokens)
         tokens = self.norm_pre(self._pos_embed(tokens))
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         visible_ids = None

@@ -105,7 +105,7 @@ def nt_xent(
     """
     views = torch.cat([first, second])
     views = F.normalize(views.float() if views.dtype in (torch.float16, torch.bfloat16) else views, dim=1)
-    with torch.autocast(views.device.type, enabled=False):
+    with torch.autocast("cpu" if views.is_meta else views.device.type, enabled=False):
         scores = views @ views.T / temperature
     scores = scores.masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), float("-inf"))
     return F.cross_entropy(scores, torch.arange(len(views), device=views.device).roll(len(first)))

@@ -109,7 +109,7 @@ def test_pretrained_weights_are_fetched_when_a_training_begins_and_only_then(
     ("model", "sentence"),
     [
         ("timm:vit_tny", "a name that timm .* knows, got 'vit_tny'"),
-        ("timm:resnet18", "'timm:|timm:resnet18 must be made with"),
+        ("timm:resnet18", "got 'resnet18', a ResNet; timm:vit_tiny"),
         ("timm:vit_base_patch16_siglip_224", "classifies by class token or mean, got 'vit_base_patch16_siglip_224'"),
         ("timm:deit_tiny_distilled_patch16_224", "a VisionTransformerDistilled; timm:vit_tiny_patch16_224 is one"),
         ("timm:vit_tiny_patch16_224?best", r"timm:NAME or timm:NAME\?pretrained to be trained, got 'timm:vit"),
