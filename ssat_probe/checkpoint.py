@@ -247,6 +247,7 @@ def load_tensors(path: Path, what: str) -> Any:
         ValueError,
         TypeError,
         AttributeError,
+        AssertionError,
         pickle.PickleError,
     ) as error:
         code = _code_in(path, error)

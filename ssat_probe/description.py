@@ -81,8 +81,9 @@ def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
     prefix = getattr(model, "num_prefix_tokens", None)
     if isinstance(prefix, int):
         grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        patch = (size[0] // grid[0], size[1] // grid[1]) if grid else ()
-        shown = f"grid {grid[0]} x {grid[1]} of patches {patch[0]} x {patch[1]}" if grid else "no grid"
+        shown = "no grid"
+        if grid:
+            shown = f"grid {grid[0]} x {grid[1]} of patches {size[0] // grid[0]} x {size[1] // grid[1]}"
         lines.append(f"  tokens: {shown}; {_groups(model, prefix)}")
     return lines
 

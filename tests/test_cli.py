@@ -140,10 +140,10 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
     [
         # unknown probe, model, data set, method, option
         ("atention --ckpt a.pt", r'Unknown command "atention"\. Did you mean "attention"\? .*'),
-        ("train --model vit_tny", r"No 'vit_tny' in models: vit_pico, vit_nano, .*\. Did you mean 'vit_tiny'\?"),
+        ("train --model vit_tny", r"No 'vit_tny' in models: .*vit_pico, vit_nano, .*\. Did you mean 'vit_tiny'\?"),
         ("train --data digts", r"No 'digts' in data: .*cifar10, .*digits, .*\. Did you mean 'digits'\?"),
         ("train --method sat", r'Invalid value "sat" for --method\. Choose from: .*\. Did you mean "ssat"\?'),
-        ("train --decoder shalow", r"No 'shalow' in decoders: shallow\. Did you mean 'shallow'\?"),
+        ("train --decoder shalow", r"No 'shalow' in decoders: shallow, simmim\. Did you mean 'shallow'\?"),
         ("train --augmentation stong", r'Invalid value "stong" for --augmentation\. .*Did you mean "strong"\?'),
         ("train --mask-ration 0.5", r"Unknown option: --mask-ration\. Did you mean --mask-ratio\?"),
         ("attention --ckpt a.pt --querys cls", r"Unknown option: --querys\. Did you mean --queries\?"),

@@ -100,13 +100,14 @@ class Model(nn.Module):
         self.num_stages = len(dims)
         for number in range(self.num_stages):
             is_last = number == self.num_stages - 1
+            rates: Any = calculate_drop_path_rates(drop_path if is_last else 0.0, depths[number])
             stage = Stage(
                 dims[number - 1] if number else channels,
                 dims[number],
                 patch_size if number == 0 else (2, 2),
                 heads[number],
                 mlp_ratio,
-                calculate_drop_path_rates(drop_path if is_last else 0.0, depths[number]),
+                rates,
                 with_class_token=is_last,
             )
             self.add_module(f"stage{number}", stage)
@@ -135,7 +136,8 @@ class Model(nn.Module):
         if mask is not None:
             hidden = mask.to(images.device).unflatten(1, self.grid)[:, None]
             images = torch.where(_enlarged(hidden, self.stride), 0.0, images)
-        maps, class_token = self.stage0.embedded(images), None  # type: ignore[operator]
+        first: Any = self.stage0
+        maps, class_token = first.embedded(images), None
         if hidden is not None:
             maps = torch.where(_enlarged(hidden, (self.ratio, self.ratio)), self.mask_token.to(maps.dtype), maps)
         for number in range(self.num_stages):
@@ -354,7 +356,8 @@ class Attention(nn.Module):
             projected = getattr(self, f"conv_proj_{name}")(maps, counts).flatten(2).mT
             projected = getattr(self, f"proj_{name}")(torch.cat([class_token, projected], dim=1))
             heads.append(projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2))
-        out = F.scaled_dot_product_attention(*heads, scale=self.scale)
+        q, k, v = heads
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ssat_probe.patches import Features, grid_of, visible_ids_of
 
 PREFIX = "timm:"
+VARIANTS: dict[str, dict[str, Any]] = {}
+"None in a table: timm's own names."
+
 DECODER = (2, 128, 16)
 "Depth, width and heads: Das et al. (2024), for tiny and small."
 
@@ -104,7 +107,9 @@ class Model(VisionTransformer):
         class_token = tokens[:, 0] if self.with_class_token else None
         return Features(tokens[:, self.num_prefix_tokens :], class_token, self.grid, visible_ids)
 
-    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+    def forward(  # type: ignore[override]  # no attention mask
+        self, x: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch class"]:
         """Logits of a full pass.
 
         Args:

@@ -82,8 +82,8 @@ class Objective(nn.Module):
             The mean contrastive loss.
         """
         features = self.encoder.encode(images) if features is None else features
-        views = [self.projection(one.summary) for one in (features, self.encoder.encode(other))]
-        loss = nt_xent(*views, TEMPERATURE)
+        first, second = (self.projection(one.summary) for one in (features, self.encoder.encode(other)))
+        loss = nt_xent(first, second, TEMPERATURE)
         return Losses(loss, auxiliary=loss.detach())
 
 
