@@ -124,7 +124,9 @@ def compare(
         The comparison (method, measure, unit, mean, low, high, num_seeds) and the verdicts (claim, role, measure,
         difference, effect, low, high, num_seeds, verdict).
     """
-    identity = costs[["checkpoint", "method", "seed"]]
+    parts = [costs, *tables.values()]
+    identity = pd.concat([one[["checkpoint", "method", "seed"]] for one in parts]).drop_duplicates()
+    _check_settings(tables)
     sources = {**tables, "cost": costs}
     values = identity.copy()
     for name, measure in measures.items():
@@ -139,6 +141,17 @@ def compare(
             rows.append((method, name, measure.unit, mean, low, high, len(defined)))
     compared = DataFrame(rows, columns=["method", "measure", "unit", "mean", "low", "high", "num_seeds"])
     return compared, DataFrame([_judged(claim, values) for claim in claims])
+
+
+def _check_settings(tables: Mapping[str, DataFrame]) -> None:
+    """Refuse to average over checkpoints that see the images at another size, on another grid or prepared otherwise."""
+    for name, table in tables.items():
+        settings = table["setting"].unique().tolist() if "setting" in table else []
+        if len(settings) > 1:
+            raise ValueError(
+                f"All checkpoints of a comparison must see the images in one setting, got {' and '.join(settings)} in "
+                f"{name}; compare those of each setting by themselves."
+            )
 
 
 def write(compared: DataFrame, verdicts: DataFrame, out: Path) -> None:

@@ -306,7 +306,7 @@ def save(figure: Figure, path_stem: Path) -> list[Path]:
 def _with_identity(table: DataFrame) -> DataFrame:
     """Copy with all identity columns as text; what csv made NaN is empty again."""
     table = table.copy()
-    for name in ("checkpoint", "model", "method", "data", "seed", "epoch"):
+    for name in ("checkpoint", "model", "method", "data", "seed", "epoch", "setting"):
         if name in table:
             table[name] = table[name].astype(object).where(table[name].notna(), "").map(str)
         else:
@@ -316,7 +316,7 @@ def _with_identity(table: DataFrame) -> DataFrame:
 
 def _groups(table: DataFrame) -> Iterator[DataFrame]:
     """Rows per line."""
-    for (_, _, method, _), rows in table.groupby(["model", "data", "method", "epoch"], sort=False):
+    for (_, _, method, _, _), rows in table.groupby(["model", "data", "method", "epoch", "setting"], sort=False):
         checkpoints = rows.drop_duplicates("checkpoint")
         seeds = checkpoints["seed"]
         if method and len(seeds) > 1 and seeds.is_unique:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from ssat_probe import registry
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
-from ssat_probe.table import Column, check_writable, read_table, write_table
+from ssat_probe.table import Column, check_writable, read_table, rows_of, write_atomically, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,9 @@ IDENTITY = (
     Column("data", "", "data set of the training"),
     Column("seed", "", "seed of the training"),
     Column("epoch", "", "epochs of the last stage"),
+    Column(
+        "setting", "", "size and grid of the images, and a hash of their normalisation and preparation: never mixed"
+    ),
 )
 "What a table says about each checkpoint, in front of a probe's own columns."
 
@@ -42,11 +45,12 @@ Progress = Callable[[int, int, str], None]
 class Probe(Protocol):
     """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
 
-    Three things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    Four things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
     another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
     compare checkpoints. A property ``num_steps`` says how many steps ``measure(subject, on_step=...)`` tells of, where
     one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
-    network of each architecture and seed as if it were one more checkpoint.
+    network of each architecture and seed as if it were one more checkpoint. A property ``policy`` says in a few words
+    of what the measures are taken, such as ``queries patch, keys all``.
     """
 
     split: ClassVar[str]
@@ -112,7 +116,7 @@ def draw(name: str, table: "DataFrame") -> "Figure":
         ValueError: If a column is missing.
     """
     probe = make(name)
-    for column in ("checkpoint", *(column.name for column in probe.columns)):
+    for column in ("checkpoint", *(column.name for column in probe.columns if not column.of)):
         if column not in table:
             raise ValueError(f"A table of {name} must have a column {column!r}, got none; pass one the probe wrote.")
     return probe.draw(table)
@@ -195,7 +199,7 @@ def run(
     progress: Progress = lambda done, total, text: None,
     source: Source = Source(),
 ) -> "DataFrame":
-    """Measure, and write ``<probe>.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
+    """Measure, and write ``<probe>.csv``, ``_rows.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
 
     Args:
         probe: With its options.
@@ -227,6 +231,9 @@ def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out:
     from ssat_probe import drawing
 
     name = name or record["probe"]
+    rows = rows_of(table, probe.columns, record["probe"], getattr(probe, "policy", ""))
+    if len(rows):
+        write_atomically(out / f"{name}_rows.csv", rows.to_csv(index=False))
     write_table(table, out / f"{name}.csv", record)
     drawing.save(probe.draw(read_table(out / f"{name}.csv")), out / name)
 
@@ -299,7 +306,7 @@ class _Subjects:
         self.device = str(subject.device)
         self.identities.append(
             {"checkpoint": label, "model": recipe.model, "method": method, "data": recipe.data, "seed": recipe.seed}
-            | {"epoch": checkpoint.epoch}
+            | {"epoch": checkpoint.epoch, "setting": subject.setting}
         )
         self.seen.append(seen_of(subject, path, label))
 

@@ -15,6 +15,7 @@ from ssat_probe.augmentation import augment
 from ssat_probe.checkpoint import Checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.foreign import Foreign, open_weights
+from ssat_probe.geometry import grid
 from ssat_probe.images import Images, Selection, normalise, split
 from ssat_probe.loading import batches
 from ssat_probe.losses import reconstruction_error
@@ -120,6 +121,19 @@ class Subject:
     def fingerprint(self) -> str:
         """sha256 of the images looked at."""
         return hashlib.sha256(self.images.fingerprint().encode()).hexdigest()
+
+    @property
+    def setting(self) -> str:
+        """Size, grid and preparation of the images as the model sees them: under another, numbers do not compare."""
+        facts = self.checkpoint.facts
+        prepared = (facts.mean, facts.std, facts.channels, getattr(self.checkpoint, "preparation", None))
+        size = self.images.read([0]).shape[-2:]
+        try:
+            patches = "{}x{} patches".format(*grid(self.model))
+        except ValueError:  # a model that does not say
+            patches = "no grid"
+        digest = hashlib.sha256(repr(prepared).encode()).hexdigest()[:6]
+        return f"{size[0]}x{size[1]} px, {patches}, {digest}"
 
     def batches(self, is_augmented: bool = False) -> Iterator[Batch]:
         """The images, a batch at a time, always in the same order.

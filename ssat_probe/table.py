@@ -3,13 +3,19 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+KEYS = ("block", "head", "index", "site", "depth", "log_weight", "other", "other_block", "rank")
+"Columns of probes that say what a row is about; all others say what was found there."
+
+DEFINITIONS = 1
+"Edition of the formulas in docs/measures.md; counts up when one of them changes, and stands behind every name."
 
 
 @dataclass(frozen=True)
@@ -19,12 +25,23 @@ class Column:
     name: str
     unit: str
     meaning: str
+    of: str = ""
+    "Column that this one says more about: its spread, or its difference to another checkpoint."
 
     @property
     def label(self) -> str:
         """Axis label, with the unit where there is one."""
         text = self.name.replace("_", " ")
         return f"{text} [{self.unit}]" if self.unit else text
+
+
+SPREAD = {
+    "sd": "standard deviation of {} over images",
+    "low": "lower end of the 95 % bootstrap interval over images of {}; undefined below two images",
+    "high": "upper end of the 95 % bootstrap interval over images of {}; undefined below two images",
+    "undefined": "fraction of the values that were left out of {}, because they do not exist",
+}
+"What stands beside every mean over images."
 
 
 def with_spread(column: Column) -> tuple[Column, ...]:
@@ -34,14 +51,17 @@ def with_spread(column: Column) -> tuple[Column, ...]:
         column: A mean over images.
 
     Returns:
-        The column, then ``_sd``, ``_low`` and ``_high``.
+        The column, then ``_sd``, ``_low``, ``_high`` and ``_undefined``.
     """
-    name, unit = column.name, column.unit
+    name = column.name
+    note = "; undefined as that is" if "undefined" in column.meaning else ""
+    units = {"undefined": ""}
     return (
         column,
-        Column(f"{name}_sd", unit, f"standard deviation of {name} over images"),
-        Column(f"{name}_low", unit, f"lower end of the 95 % bootstrap interval over images of {name}"),
-        Column(f"{name}_high", unit, f"upper end of the 95 % bootstrap interval over images of {name}"),
+        *(
+            Column(f"{name}_{end}", units.get(end, column.unit), meaning.format(name) + note, of=name)
+            for end, meaning in SPREAD.items()
+        ),
     )
 
 
@@ -55,16 +75,48 @@ def with_difference(column: Column) -> tuple[Column, ...]:
         ``_difference``, ``_difference_low`` and ``_difference_high``.
     """
     name, unit = f"{column.name}_difference", column.unit
-    return (
-        Column(
-            name,
-            unit,
-            f"{column.name} of the block minus that of the first checkpoint on the same images, heads "
-            "averaged; empty for the first, and where images or blocks differ",
-        ),
-        Column(f"{name}_low", unit, "lower end of the paired 95 % bootstrap interval over images; empty as above"),
-        Column(f"{name}_high", unit, "upper end of the paired 95 % bootstrap interval over images; empty as above"),
-    )
+    meanings = {
+        "": f"{column.name} of the block minus that of the first checkpoint on the same images, heads "
+        "averaged; empty for the first, and where images, their preparation, grids or blocks differ",
+        "_low": "lower end of the paired 95 % bootstrap interval over images; empty as above",
+        "_high": "upper end of the paired 95 % bootstrap interval over images; empty as above",
+    }
+    return tuple(Column(f"{name}{end}", unit, meaning, of=column.name) for end, meaning in meanings.items())
+
+
+def rows_of(table: "DataFrame", columns: Sequence[Column], probe: str, policy: str) -> "DataFrame":
+    """The same numbers, one measure per row.
+
+    Args:
+        table: Of a probe, with columns of `with_spread`.
+        columns: The probe's own.
+        probe: Its name.
+        policy: Of what its measures are taken.
+
+    Returns:
+        What names the row (checkpoint, block, head, ...), then ``measure``, ``value``, ``sd``, ``low``, ``high``,
+        ``num_images``, ``undefined``, ``unit``, ``definition`` and ``policy``; no rows if it has no such columns.
+    """
+    import pandas as pd
+
+    spread = {column.of for column in columns if column.name == f"{column.of}_sd"}
+    known = {column.name for column in columns}
+    keys = [name for name in table.columns if name not in known or name in KEYS]
+    parts = [
+        table[keys].assign(
+            measure=column.name,
+            value=table[column.name],
+            **{end: table[f"{column.name}_{end}"] for end in ("sd", "low", "high")},
+            num_images=table["num_images"],
+            undefined=table[f"{column.name}_undefined"],
+            unit=column.unit,
+            definition=f"{probe}.{column.name}/{DEFINITIONS}",
+            policy=policy,
+        )
+        for column in columns
+        if column.name in spread
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else table.iloc[:0]
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:

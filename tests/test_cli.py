@@ -325,11 +325,14 @@ def test_a_probe_from_end_to_end(
     printed = run(probe, "--ckpt", *paths, *common, *options)
     assert "vit_nano-digits-ssat-seed0" in printed
     assert printed.endswith(f"Wrote out/{probe}.csv, .json, .png and .pdf\n")
+    has_rows = any(column.of for column in registry.load("probes", probe).Probe.columns)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"{probe}.{ending}" for ending in ("csv", "json", "pdf", "png")
+        *(f"{probe}.{ending}" for ending in ("csv", "json", "pdf", "png")),
+        *([f"{probe}_rows.csv"] if has_rows else []),
     ]
     record = json.loads((tmp_path / "out" / f"{probe}.json").read_text())
-    assert [entry["path"] for entry in record["checkpoints"]] == [str(path) for path in paths]
+    seen = [entry["path"] for entry in record["checkpoints"]]
+    assert [path for path in seen if path] == [str(path) for path in paths]
     assert record["sample"]["num_images"] == 11
     # The figure can be drawn again from the table alone.
     shutil.copy(tmp_path / "out" / f"{probe}.csv", tmp_path / f"{probe}.csv")
@@ -347,7 +350,7 @@ def test_options_of_a_probe_from_a_yaml_file(run: Run, checkpoints: Paths, tmp_p
     (tmp_path / "a.yaml").write_text("queries: cls\nblocks: [1, 3]\nnum_images: 11\nout: there\n")
     run("attention", "--ckpt", checkpoints["ssat"], "--config", "a.yaml", "--device", "cpu")
     record = json.loads((tmp_path / "there" / "attention.json").read_text())
-    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 3], "untrained_twin": False}
+    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 3], "untrained_twin": True}
 
 
 def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +379,8 @@ def test_foreign_weights_are_described_and_probed(run: Run) -> None:
     assert "loaded: nothing, untrained" in described
     assert "attention: applies" in described
     run("variance", *words, "--num-images", "3", "--out", "a")
-    (seen,) = json.loads(Path("a/variance.json").read_text())["checkpoints"]
+    seen, twin = json.loads(Path("a/variance.json").read_text())["checkpoints"]
+    assert twin["path"] == ""
     assert seen["loading"]["layout"] == "timm:vit_tiny_patch16_224"
     assert Path("a/variance.png").is_file()
 

@@ -46,6 +46,22 @@ def test_compared_methods_have_students_interval_over_seeds(table: DataFrame, co
     assert row["num_seeds"] == 3
 
 
+def test_untrained_twins_of_any_probe_are_compared_too(table: DataFrame, costs: DataFrame) -> None:
+    twins = table[table["method"] == "scratch"].assign(method="untrained", score=0.1)
+    twins["checkpoint"] = "twin" + twins["seed"].astype(str)
+    measures = {"score": Measure("score", "p", "score"), "more": Measure("more", "q", "score")}
+    compared, _ = comparison.compare(measures, [], {"p": table, "q": pd.concat([table, twins])}, costs)
+    of_twins = compared[compared["method"] == "untrained"].set_index("measure")
+    assert of_twins["num_seeds"].to_dict() == {"score": 0, "more": 3}
+    assert of_twins["mean"]["more"] == pytest.approx(0.1)
+
+
+def test_other_settings_are_never_averaged_over(table: DataFrame, costs: DataFrame) -> None:
+    table["setting"] = np.where(table["seed"] == 2, "16x16 px, 8x8 patches", "8x8 px, 4x4 patches")
+    with pytest.raises(ValueError, match="in one setting, got 8x8 px, 4x4 patches and 16x16 px, 8x8 patches in p"):
+        comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
+
+
 @pytest.mark.parametrize(("sign", "expected"), [(1, "supported"), (-1, "contradicted")])
 def test_verdict_follows_from_the_paired_interval(table: DataFrame, costs: DataFrame, sign: int, expected: str) -> None:
     measures = {"score": Measure("score", "p", "score")}

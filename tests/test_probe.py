@@ -5,10 +5,11 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from ssat_probe import probe
+from ssat_probe import drawing, probe
 from ssat_probe.checkpoint import load_checkpoint, save_checkpoint
 from ssat_probe.sample import Sample
 from ssat_probe.table import read_table
@@ -19,8 +20,8 @@ SAMPLE = Sample(num_images=13, batch_size=5, device="cpu")
 
 def test_the_identity_stands_in_front(checkpoints: Paths) -> None:
     table = probe.measure("accuracy", list(checkpoints.values()), num_images=13, device="cpu")
-    assert list(table.columns[:6]) == [column.name for column in probe.IDENTITY]
-    assert list(table.columns[6:]) == [column.name for column in probe.make("accuracy").columns]
+    assert list(table.columns[:7]) == [column.name for column in probe.IDENTITY]
+    assert list(table.columns[7:]) == [column.name for column in probe.make("accuracy").columns]
     assert table["checkpoint"].tolist() == [f"vit_nano-digits-{method}-seed0" for method in checkpoints]
     assert table["method"].tolist() == list(checkpoints)
     assert (table[["model", "data", "seed", "epoch"]] == ["vit_nano", "digits", 0, 1]).all(axis=None)
@@ -55,9 +56,11 @@ def test_the_record_says_how_the_table_was_made(checkpoints: Paths) -> None:
     )
     assert record == json.loads(json.dumps(record))
     assert record["probe"] == "attention"
-    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 2], "untrained_twin": False}
+    assert record["options"] == {"queries": "cls", "keys": "patch", "blocks": [1, 2], "untrained_twin": True}
     assert (record["sample"]["num_images"], record["sample"]["split"]) == (13, "test")
-    assert [entry["hash"] for entry in record["checkpoints"]] == [load_checkpoint(path).hash for path in paths]
+    hashes = [entry["hash"] for entry in record["checkpoints"]]
+    assert hashes[:-1] == [load_checkpoint(path).hash for path in paths]
+    assert record["checkpoints"][-1]["path"] == ""  # the untrained twin
     assert {entry["num_images"] for entry in record["checkpoints"]} == {13}
     assert len({entry["images"] for entry in record["checkpoints"]}) == 1
     assert record["versions"]["torch"] == version("torch")
@@ -65,6 +68,46 @@ def test_the_record_says_how_the_table_was_made(checkpoints: Paths) -> None:
     assert record["device"] == "cpu"
     assert record["seconds"] > 0
     assert [(done, total) for done, total, _ in seen] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_every_measure_has_a_row_of_its_own_that_says_all_about_it(checkpoints: Paths, tmp_path: Path) -> None:
+    one = probe.make("attention", queries="all", blocks=[1, 2])
+    table = probe.run(one, list(checkpoints.values()), SAMPLE, tmp_path)
+    rows = read_table(tmp_path / "attention_rows.csv")
+    said = ["value", "sd", "low", "high", "num_images", "undefined", "unit", "definition", "policy"]
+    assert list(rows.columns) == [*(c.name for c in probe.IDENTITY), "block", "head", "measure", *said]
+    entropy = rows[rows["measure"] == "entropy"].reset_index()
+    np.testing.assert_allclose(entropy["value"], table["entropy"])
+    np.testing.assert_allclose(entropy["sd"], table["entropy_sd"])
+    np.testing.assert_allclose(entropy["high"], table["entropy_high"])
+    assert set(entropy["unit"]) == {"nat"}
+    assert set(entropy["policy"]) == {"queries all, keys patch"}
+    assert set(entropy["definition"]) == {"attention.entropy/1"}
+    assert (rows["num_images"] == 13).all()
+    assert len(rows) == len(table) * len(rows["measure"].unique())
+
+
+@pytest.mark.parametrize("name", ["attention", "heads", "histogram", "tokens", "variance", "fourier"])
+def test_all_probes_of_measures_say_of_what_they_are_taken(name: str) -> None:
+    one = probe.make(name)
+    assert one.policy
+    assert one.untrained_twin
+    spread = [column for column in one.columns if column.name.endswith("_sd")]
+    names = {column.name for column in one.columns}
+    assert spread
+    for column in spread:
+        assert {f"{column.of}{end}" for end in ("", "_low", "_high", "_undefined")} <= names
+
+
+def test_checkpoints_of_other_settings_have_no_differences_and_lines_of_their_own(
+    checkpoints: Paths, fine_checkpoints: Paths
+) -> None:
+    paths = [checkpoints["ssat"], fine_checkpoints["ssat"]]
+    table, _ = probe.measure_all(probe.make("variance", untrained_twin=False), paths, SAMPLE)
+    assert table["setting"].str.split(",").str[1].unique().tolist() == [" 4x4 patches", " 8x8 patches"]
+    assert table["variance_difference"].isna().all()
+    seeds = table.assign(seed=(table["setting"] != table["setting"][0]).astype(int), method="ssat", epoch=1)
+    assert len(drawing.series(seeds)) == 2
 
 
 def test_a_run_writes_table_record_and_figure(checkpoints: Paths, tmp_path: Path) -> None:

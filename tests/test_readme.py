@@ -46,7 +46,10 @@ def test_first_probe_command_works_as_written(
     with pytest.raises(SystemExit, match="0"):
         cli.main([*shlex.split(command), "--out", str(tmp_path)])
     assert "vit_nano-digits-ssl_ft-seed0" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {f"attention.{kind}" for kind in ("csv", "json", "png", "pdf")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"attention.{kind}" for kind in ("csv", "json", "png", "pdf")),
+        "attention_rows.csv",
+    }
 
 
 def test_python_example_works_as_written(monkeypatch: pytest.MonkeyPatch) -> None:

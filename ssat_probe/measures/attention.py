@@ -10,6 +10,9 @@ from torch import Tensor
 # A row is degenerate if its standard deviation is below this many roundings of its mean, 1/n.
 _DEGENERATE_ROUNDINGS = 8
 
+# A score so far below the largest has no weight, in float64 either.
+_NO_WEIGHT = -1e30
+
 
 def entropy(
     weights: Float[Tensor, "batch head query key"],
@@ -157,6 +160,67 @@ def excess_kurtosis_and_skewness(
     )
     second = torch.where(second.sqrt() > _DEGENERATE_ROUNDINGS * rounding, second, torch.nan)
     return fourth / second.square() - 3, third / second**1.5
+
+
+def row_measures(
+    scores: Float[Tensor, "batch head query key"],
+    is_valid: Bool[Tensor, "batch head query key"] | None = None,
+) -> dict[str, Float[Tensor, "batch head _"]]:
+    """`entropy_from_scores`, `excess_kurtosis` and `skewness` of rows of scores, from one pass over them.
+
+    Three times as fast as one after another: sums over the keys in the precision of the scores, which are some
+    hundreds of terms, and in place. Everything after the sum over the keys is float64.
+
+    Args:
+        scores: Attention before softmax.
+        is_valid: True for keys that the query may attend to; all of them if None.
+
+    Returns:
+        ``entropy`` in nats, ``kurtosis`` and ``skew``, undefined (NaN) where these functions are; ``second`` and
+        ``fourth``, the central moments of weight x number of keys; ``received``, (batch, head, key), the attention that
+        each key receives from these queries.
+    """
+    scores = _at_least_float32(scores)
+    scores = scores if is_valid is None else scores.masked_fill(~is_valid, -torch.inf)
+    count = num_keys(scores, is_valid).double()
+    shifted = (scores - scores.amax(-1, keepdim=True)).clamp_(min=_NO_WEIGHT)  # 0 log 0 = 0
+    weights = shifted.exp()
+    total = weights.sum(-1, keepdim=True)
+    expected = shifted.mul_(weights).sum(-1).double() / total[..., 0].double()
+    received = weights.div_(total).sum(-2)
+    deviations = weights.mul_(count.to(scores.dtype)[..., None]).sub_(1)  # in units of 1/n
+    deviations = deviations if is_valid is None else deviations.masked_fill_(~is_valid, 0)
+    squares = torch.mul(deviations, deviations, out=shifted)
+    second = squares.sum(-1).double() / count
+    third = deviations.mul_(squares).sum(-1).double() / count
+    fourth = squares.mul_(squares).sum(-1).double() / count
+    is_degenerate = second.sqrt() <= _DEGENERATE_ROUNDINGS * torch.finfo(scores.dtype).eps
+    defined = second.masked_fill(is_degenerate, torch.nan)
+    return {
+        "entropy": (total[..., 0].double().log() - expected).clamp(min=0),
+        "kurtosis": fourth / defined.square() - 3,
+        "skew": third / defined**1.5,
+        "second": second,
+        "fourth": fourth,
+        "received": received.double(),
+    }
+
+
+def kurtosis_of(values: Float[Tensor, "*entry value"]) -> Float[Tensor, "*entry"]:
+    """Excess kurtosis of any numbers over the last axis: of scores, or of the attention that each key receives.
+
+    Args:
+        values: Finite.
+
+    Returns:
+        E[(x - mean)⁴] / σ⁴ - 3, population moments, float64. NaN where the values are equal up to rounding.
+    """
+    wide = _at_least_float32(values)
+    squares = (wide - wide.mean(-1, keepdim=True)).square_()
+    second = squares.mean(-1).double()
+    rounding = _DEGENERATE_ROUNDINGS * torch.finfo(wide.dtype).eps
+    second = torch.where(second.sqrt() > rounding * wide.abs().amax(-1), second, torch.nan)
+    return squares.square_().mean(-1).double() / second.square() - 3
 
 
 def kurtosis_bounds(num_keys: Shaped[Tensor, "*row"]) -> tuple[Float[Tensor, "*row"], Float[Tensor, "*row"]]:

@@ -1,6 +1,7 @@
 """Means over images with bootstrap intervals, while the images stream past, and paired differences of such means."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,18 +51,23 @@ class ImageStatistics:
         """
         self._num_resamples = num_resamples
         self._means: dict[str, StreamingMean] = {}
+        self._undefined: dict[str, StreamingMean] = {}
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self._intervals: dict[str, tuple[Tensor, Tensor]] = {}  # sorting the resamples takes long
 
-    def add(self, ids: Int[Tensor, " image"], values: Mapping[str, Tensor]) -> None:
+    def add(
+        self, ids: Int[Tensor, " image"], values: Mapping[str, Tensor], undefined: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Take in one batch.
 
         Args:
             ids: Number of each image within the sample.
             values: (image, *entry) per name; the same names and entries in every batch.
+            undefined: Of the same shapes: fraction of what each value is a mean of that does not exist. For names
+                without one, 1 where the value is NaN, else 0.
         """
-        counts = resample_counts(ids.cpu(), self._num_resamples)
+        counts = _counts(tuple(ids.tolist()), self._num_resamples)
         self._intervals.clear()
         for name, value in values.items():
             value = value.detach().to("cpu", torch.float64)
@@ -69,6 +75,8 @@ class ImageStatistics:
             sums = torch.tensordot(counts, value.nan_to_num(nan=0.0), dims=([0], [0]))
             totals = torch.tensordot(counts, is_defined.double(), dims=([0], [0]))
             self._means.setdefault(name, StreamingMean()).add(value)
+            share = (undefined or {}).get(name, (~is_defined).double())
+            self._undefined.setdefault(name, StreamingMean()).add(share)
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
             self._totals[name] = self._totals[name] + totals if name in self._totals else totals
 
@@ -152,10 +160,11 @@ class ImageStatistics:
             entry: Which entry.
 
         Returns:
-            ``name``, ``name_sd``, ``name_low`` and ``name_high``.
+            ``name``, ``name_sd``, ``name_low``, ``name_high`` and ``name_undefined``.
         """
         low, high = self.interval(name)
         values = {name: self.mean(name), f"{name}_sd": self.sd(name), f"{name}_low": low, f"{name}_high": high}
+        values |= {f"{name}_undefined": self._undefined[name].mean}
         return {key: float(value[entry]) for key, value in values.items()}
 
     def differences(self, names: tuple[str, ...], other: "ImageStatistics | None") -> dict[str, float]:
@@ -173,6 +182,12 @@ class ImageStatistics:
             values = (float("nan"),) * 3 if other is None else self.difference(name, other)
             result |= dict(zip((f"{name}_difference{end}" for end in ("", "_low", "_high")), values, strict=True))
         return result
+
+
+@lru_cache(maxsize=2)
+def _counts(ids: tuple[int, ...], num_resamples: int) -> Tensor:
+    """As `resample_counts`, once per batch for all blocks and measures."""
+    return resample_counts(torch.tensor(ids, dtype=torch.int64), num_resamples)
 
 
 def _over_entries(replicates: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ def feature_map_variance(tokens: Float[Tensor, "batch token dim"]) -> Float[Tens
     variance over images is another quantity.
 
     Args:
-        tokens: Patch tokens of the residual stream, at least two per image, without class and register tokens.
+        tokens: Patch tokens of the residual stream, at least two per image (else a ValueError), without class and
+            register tokens.
 
     Returns:
         Unit of the features squared, not negative, float64.
-
-    Raises:
-        ValueError: If there are fewer than two tokens.
 
     Example:
         >>> import torch
@@ -27,11 +25,7 @@ def feature_map_variance(tokens: Float[Tensor, "batch token dim"]) -> Float[Tens
     References:
         Park & Kim (2022), "How do vision transformers work?", Fig. 9, https://arxiv.org/abs/2202.06709
     """
-    if tokens.shape[1] < 2:
-        raise ValueError(
-            f"The variance over positions needs at least 2 tokens per image, got {tokens.shape[1]}. "
-            "Use smaller patches."
-        )
+    _checked(tokens)
     return tokens.double().var(dim=1, correction=1).mean(-1)
 
 
@@ -55,6 +49,38 @@ def relative_variance(tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor,
     return centred.square().sum((1, 2)) / tokens.square().sum((1, 2))
 
 
+def both_variances(
+    tokens: Float[Tensor, "batch token dim"],
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """`feature_map_variance` and `relative_variance` from one pass: Σ‖x‖² = Σ‖x - mean‖² + tokens · ‖mean‖².
+
+    Args:
+        tokens: Patch tokens of the residual stream, at least two per image, without class and register tokens.
+
+    Returns:
+        Sums over the tokens in their own precision, everything else in float64.
+    """
+    count, dim = _checked(tokens), tokens.shape[2]
+    mean = tokens.mean(1, keepdim=True)
+    varying = (tokens - mean).square_().sum(1).double().sum(1)
+    everything = varying + count * mean.double().square().sum((1, 2))
+    return varying / ((count - 1) * dim), varying / everything
+
+
+def park_kim_variance(tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, " batch"]:
+    """Parity with the code of Park & Kim: variance over height and width, mean over channels, in the tokens' precision.
+
+    `feature_map_variance` is the same up to rounding.
+
+    Args:
+        tokens: Patch tokens of the residual stream, without class and register tokens.
+
+    Returns:
+        Unit of the features squared.
+    """
+    return tokens.var(dim=1).mean(-1)
+
+
 def gain(before: Float[Tensor, "*entry"], after: Float[Tensor, "*entry"]) -> Float[Tensor, "*entry"]:
     """By how many doublings a variance grows over a step.
 
@@ -66,3 +92,12 @@ def gain(before: Float[Tensor, "*entry"], after: Float[Tensor, "*entry"]) -> Flo
         log2(after / before): 1 for doubled, negative where the step averages features. NaN where both are 0.
     """
     return (after / before).log2()
+
+
+def _checked(tokens: Tensor) -> int:
+    count = tokens.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"The variance over positions needs at least 2 tokens per image, got {count}. Use smaller patches."
+        )
+    return count

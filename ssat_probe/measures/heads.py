@@ -101,12 +101,40 @@ def mutual_information(
         Park et al. (2023), "What do self-supervised vision transformers learn?", https://arxiv.org/abs/2305.00729
     """
     weights = log_patch.double().exp()
-    key_entropy = torch.special.entr(weights.mean(-2)).sum(-1)
-    information = (key_entropy - torch.special.entr(weights).sum(-1).mean(-1)).clamp(min=0)
-    num_queries = weights.shape[-2]
+    return information_from_means(weights.mean(-2), torch.special.entr(weights).sum(-1).mean(-1), weights.shape[-2])
+
+
+def information_from_means(
+    mean_row: Float[Tensor, "batch head key"], mean_entropy: Float[Tensor, "batch head"], num_queries: int
+) -> dict[str, Float[Tensor, "batch head"]]:
+    """As `mutual_information`, from what can be summed up over chunks of queries.
+
+    Args:
+        mean_row: Mean of the rows of attention over the queries.
+        mean_entropy: Mean of their entropies, in nats.
+        num_queries: How many there are.
+
+    Returns:
+        As `mutual_information`.
+    """
+    key_entropy = torch.special.entr(mean_row).sum(-1)
+    information = (key_entropy - mean_entropy).clamp(min=0)
     bound = (math.log(num_queries) * key_entropy).sqrt() if num_queries > 1 else torch.full_like(key_entropy, torch.nan)
     nmi = torch.where(key_entropy > 1e-12, information / bound, bound * 0)
     return {"information": information, "key_entropy": key_entropy, "nmi": nmi}
+
+
+def floored(weights: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    """Rows with 1e-8 added to every weight, renormalised: what the code of Park et al. takes its NMI of.
+
+    Args:
+        weights: Attention over the patches, renormalised.
+
+    Returns:
+        Rows that sum to 1, without zeros.
+    """
+    more = weights + 1e-8  # in their self_attention_analysis notebook
+    return more / more.sum(-1, keepdim=True)
 
 
 def divergence(log_patch: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:

@@ -23,13 +23,28 @@ def histogram(
     Returns:
         Share of the weights and share of the mass per bin, over all heads and queries; each sums to 1. Float64.
     """
+    counts, mass = histogram_sums(log_weights)
+    return counts / counts.sum(1, keepdim=True), mass / mass.sum(1, keepdim=True)
+
+
+def histogram_sums(
+    log_weights: Float[Tensor, "batch head query key"],
+) -> tuple[Float[Tensor, "batch bin"], Float[Tensor, "batch bin"]]:
+    """As `histogram` before the division, so that chunks of queries can be added up.
+
+    Args:
+        log_weights: As for `histogram`.
+
+    Returns:
+        Number of weights and their mass per bin.
+    """
     logs = log_weights.double()
     is_valid = ~logs.isneginf()
     count = is_valid.sum(-1, keepdim=True).double()
     edges = torch.tensor(EDGES[1:-1], dtype=torch.float64, device=logs.device)
     bins = torch.bucketize((logs + count.log()) / math.log(10), edges, right=True).flatten(1)
-    shares = []
-    for values in (is_valid.double(), logs.exp()):
-        total = values.new_zeros(len(logs), len(EDGES) - 1).scatter_add_(1, bins, values.flatten(1))
-        shares.append(total / total.sum(1, keepdim=True))
-    return shares[0], shares[1]
+    counts, mass = (
+        values.new_zeros(len(logs), len(EDGES) - 1).scatter_add_(1, bins, values.flatten(1))
+        for values in (is_valid.double(), logs.exp())
+    )
+    return counts, mass

@@ -101,19 +101,26 @@ class StreamingMean:
         return torch.where(count > 1, (self._squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
 
-def median_of_defined(values: Float[Tensor, "*entry row"]) -> Float[Tensor, "*entry"]:
-    """Median over the last axis of the values that are not NaN.
+def quantiles_of_defined(
+    values: Float[Tensor, "*entry row"], shares: tuple[float, ...]
+) -> tuple[Float[Tensor, "*entry"], ...]:
+    """Quantiles over the last axis of the values that are not NaN.
 
     Args:
         values: NaN where undefined.
+        shares: Between 0 and 1; 0.5 gives the median.
 
     Returns:
-        Mean of the two middle values where their number is even; NaN where none is defined.
+        One each, between neighbours in proportion, as numpy's ``nanquantile``; NaN where none is defined.
     """
     ordered = values.sort(-1).values  # NaN comes last
-    count = (~values.isnan()).sum(-1, keepdim=True)
-    low, high = (ordered.gather(-1, place.clamp(min=0)) for place in ((count - 1) // 2, count // 2))
-    return torch.where(count > 0, (low + high.nan_to_num(nan=0.0)) / 2, torch.nan)[..., 0]
+    last = ((~values.isnan()).sum(-1, keepdim=True) - 1).clamp(min=0)
+    found = []
+    for share in shares:
+        place = share * last.double()
+        low, high = (ordered.gather(-1, at.long()) for at in (place.floor(), place.ceil()))
+        found.append((low + (high - low) * (place - place.floor()))[..., 0])
+    return tuple(found)
 
 
 def bootstrap_interval(

@@ -68,6 +68,26 @@ def singular_values(tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "
     return values.masked_fill(is_degenerate[:, None], torch.nan)
 
 
+def standardized(tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
+    """Tokens with mean 0 and deviation 1 per channel over the positions of each image.
+
+    So that few channels of very large activations do not decide cosines and ranks.
+
+    Args:
+        tokens: Patch tokens, at least two per image; a ValueError otherwise.
+
+    Returns:
+        Float64; channels that are constant up to rounding are 0.
+    """
+    _count(tokens)
+    wide = tokens.double()
+    centred = wide - wide.mean(1, keepdim=True)
+    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    rounding = _DEGENERATE_ROUNDINGS * torch.finfo(tokens.dtype).eps
+    is_constant = deviation <= rounding * wide.abs().amax(1, keepdim=True)
+    return torch.where(is_constant, 0.0, centred / deviation)
+
+
 def rank_ceiling(num_tokens: int, dim: int) -> int:
     """Largest rank that centred tokens can have.
 

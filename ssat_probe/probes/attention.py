@@ -15,11 +15,25 @@ if TYPE_CHECKING:
 
     from ssat_probe.capture import Attention
     from ssat_probe.drawing import Series
-    from ssat_probe.measures.bootstrap import ImageStatistics
+    from ssat_probe.observation import Observation, Sum, Values
     from ssat_probe.subject import Subject
 
-_ENTROPY = Column("entropy_normalised", "", "entropy / log(number of valid keys): 0 one key, 1 uniform")
-_KURTOSIS = Column("kurtosis", "", "excess kurtosis of a row (population moments), mean over defined rows, then images")
+_MEASURES = (
+    Column("entropy", "nat", "entropy of a row of attention weights, mean over queries, then images"),
+    Column("entropy_normalised", "", "entropy / log(number of valid keys): 0 one key, 1 uniform"),
+    Column("effective_keys", "", "exp(entropy), mean over queries: number of keys that a query attends to"),
+    Column("kurtosis", "", "excess kurtosis of a row (population moments); undefined where all weights are equal"),
+    Column("kurtosis_median", "", "its median over the rows of an image; undefined where all weights are equal"),
+    Column("kurtosis_iqr", "", "its interquartile range over the rows of an image; undefined where they are equal"),
+    Column("kurtosis_normalised", "", "kurtosis between its bounds for that number of keys: 0 lowest, 1 one-hot; "
+        "undefined where all weights are equal"),
+    Column("skew", "", "skewness of a row: positive for spikes, negative for holes; undefined where all are equal"),
+    Column("kurtosis_scores", "", "excess kurtosis of a row before softmax; undefined if equal or unknown"),
+    Column("kurtosis_map", "", "excess kurtosis over queries and keys together; undefined where all are equal"),
+    Column("kurtosis_received", "", "excess kurtosis over the keys of the attention that they receive (parity "
+        "thought_anchors); undefined where all are equal"),
+)  # fmt: skip
+_PAIRED = ("entropy", "entropy_normalised", "kurtosis", "kurtosis_normalised")
 
 # Dots of single heads are drawn for at most this many lines; beyond, they hide the lines.
 _MOST_LINES_WITH_DOTS = 4
@@ -35,32 +49,27 @@ class Probe:
     "Keys that a row spreads over: the patch tokens, renormalised, or all tokens, as the model uses them."
     blocks: tuple[int, ...] = ()
     "Blocks to measure, 0 next to the input; empty means every block."
-    untrained_twin: bool = False
-    "Also measure the untrained network of the same architecture and seed, as a reference."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("block", "", "transformer block, 0 next to the input"),
         Column("head", "", "attention head within the block; heads have no common order across models"),
-        Column("entropy", "nat", "entropy of a row of attention weights, mean over queries, then images"),
-        Column("entropy_sd", "nat", "standard deviation of the entropy over images"),
-        *with_spread(_ENTROPY)[:2],
-        *with_spread(_KURTOSIS)[:2],
-        Column("kurtosis_median", "", "excess kurtosis, median over the defined rows of an image, mean over images"),
-        Column("kurtosis_normalised", "", "kurtosis between its bounds for that number of keys: 0 lowest, 1 one-hot"),
-        Column("kurtosis_normalised_sd", "", "standard deviation of the normalised kurtosis over images"),
-        Column("skew", "", "skewness of a row, mean over defined rows: positive for spikes, negative for holes"),
+        *(column for one in _MEASURES for column in with_spread(one)),
         Column("undefined", "", "fraction of rows without kurtosis, because their weights are equal up to rounding"),
         Column("num_keys", "", "mean number of valid keys of a row"),
         Column("keys", "", "keys that a row spreads over: patch tokens (renormalised) or all"),
         Column("queries", "", "queries averaged over: patch tokens, class token or all"),
         Column("num_images", "", "number of images"),
         Column("self_check", "", "largest |captured weights @ values - output of the operation| on the first batch"),
-        *with_spread(_ENTROPY)[2:],
-        *with_spread(_KURTOSIS)[2:],
-        *with_difference(_ENTROPY),
-        *with_difference(_KURTOSIS),
+        *(column for one in _MEASURES if one.name in _PAIRED for column in with_difference(one)),
     )
+
+    @property
+    def policy(self) -> str:
+        """Of what the measures are taken."""
+        return f"queries {self.queries}, keys {self.keys}"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per block and head.
@@ -83,48 +92,30 @@ class Probe:
             Their tables.
         """
         seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, seen[0] if one is not seen[0] else None) for one in seen]
+        return [self._table(one, one.comparable(seen[0])) for one in seen]
 
-    def _seen(self, subject: "Subject") -> "_Seen":
-        import torch
-
-        from ssat_probe import capture
-        from ssat_probe.measures.bootstrap import ImageStatistics
+    def _seen(self, subject: "Subject") -> "Observation":
+        from ssat_probe import capture, observation
 
         model = subject.model
-        chosen = _chosen(self.blocks, len(capture.blocks(model)))
+        blocks = _chosen(self.blocks, len(capture.blocks(model)))
         queries = _tokens(model, known(self.queries, ("patch", "cls", "all"), "queries"))
         keys = _tokens(model, known(self.keys, ("patch", "all"), "keys"))
-        running = {block: ImageStatistics() for block in chosen}
-        errors: dict[int, float] | None = None
-        num_images = 0
-        with torch.no_grad():
-            for batch in subject.batches():
+        return observation.of_attention(subject, lambda seen: _rows(seen.part(queries, keys)), _finished, blocks)
 
-                def reduce(seen: "Attention", ids: "Tensor" = batch.ids) -> None:
-                    running[seen.block].add(ids, _rows(seen, queries, keys))
-
-                with capture.attention(model, reduce, only=chosen, is_checked=errors is None) as checked:
-                    model(batch.images)
-                errors = dict(checked) if errors is None else errors
-                num_images += len(batch.images)
-        return _Seen(running, errors or {}, num_images, getattr(subject, "fingerprint", ""))
-
-    def _table(self, seen: "_Seen", first: "_Seen | None") -> "DataFrame":
+    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
 
-        is_paired = first is not None and first.images == seen.images and first.running.keys() == seen.running.keys()
-        rows = []
-        for block, one in seen.running.items():
-            pair = first.running[block] if first is not None and is_paired else None
-            shared: dict[str, Any] = {
-                "block": block,
-                "keys": self.keys,
-                "queries": self.queries,
-                "num_images": seen.num_images,
-            }
-            shared |= {"self_check": seen.errors[block]} | one.differences(("entropy_normalised", "kurtosis"), pair)
-            rows += [shared | {"head": head} | values for head, values in enumerate(_by_head(one))]
+        shared = {"keys": self.keys, "queries": self.queries, "num_images": seen.num_images}
+        rows: list[dict[str, Any]] = []
+        for block, one in seen.statistics.items():
+            same = {"block": block, "self_check": seen.errors[block], **shared}
+            same |= one.differences(_PAIRED, first.statistics[block] if first else None)
+            for head in range(len(one.mean("entropy"))):
+                row = same | {"head": head, "num_keys": float(one.mean("num_keys")[head])}
+                for measure in _MEASURES:
+                    row |= one.spread(measure.name, head)
+                rows.append(row | {"undefined": row["kurtosis_undefined"]})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
@@ -169,56 +160,46 @@ class Probe:
         return table.groupby(["checkpoint", "block"], sort=False)[names].mean().reset_index()
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one checkpoint gave."""
-
-    running: "dict[int, ImageStatistics]"
-    errors: dict[int, float]
-    num_images: int
-    images: str
-
-
-def _by_head(one: "ImageStatistics") -> list[dict[str, float]]:
-    """Per head, the mean of each quantity, and the spread of four of them."""
-    spread = ("entropy", "entropy_normalised", "kurtosis", "kurtosis_normalised")
-    plain = ("kurtosis_median", "skew", "undefined", "num_keys")
-    result = []
-    for head in range(len(one.mean("entropy"))):
-        values = {name: float(one.mean(name)[head]) for name in plain}
-        for name in spread:
-            values |= one.spread(name, head)
-        result.append(values)
-    return result
-
-
-def _rows(seen: "Attention", queries: slice, keys: slice) -> "dict[str, Tensor]":
-    """Each measure per image and head: mean over the queries for which it is defined."""
+def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
+    """Each measure per image, head and query of a chunk."""
     from ssat_probe.measures import attention as measures
-    from ssat_probe.measures.statistics import median_of_defined
+    from ssat_probe.observation import Sum
 
-    is_valid = None
-    if seen.is_valid is not None:
-        is_valid = seen.is_valid.expand(*seen.is_valid.shape[:2], *seen.rows.shape[2:])[:, :, queries, keys]
-    rows = seen.rows[:, :, queries, keys]
-    if seen.has_scores:
-        weights = measures.weights_from_scores(rows, is_valid)
-        entropy = measures.entropy_from_scores(rows, is_valid)
-    else:
-        weights = measures.renormalised(rows, is_valid)
-        entropy = measures.entropy(weights, is_valid)
-    num_keys = measures.num_keys(weights, is_valid).expand(entropy.shape)
-    kurtosis, skew = measures.excess_kurtosis_and_skewness(weights, is_valid)
+    rows, is_valid = seen.rows, seen.is_valid
+    scores = rows if seen.has_scores else rows.log()
+    found = measures.row_measures(scores, is_valid)
+    num_keys = measures.num_keys(rows, is_valid).expand(found["entropy"].shape)
+    of_scores = measures.kurtosis_of(rows) if seen.has_scores and is_valid is None else found["kurtosis"] * float("nan")
     return {
-        "entropy": entropy.nanmean(-1),
-        "entropy_normalised": measures.normalised_entropy(entropy, num_keys).nanmean(-1),
-        "kurtosis": kurtosis.nanmean(-1),
-        "kurtosis_median": median_of_defined(kurtosis),
-        "kurtosis_normalised": measures.normalised_kurtosis(kurtosis, num_keys).nanmean(-1),
-        "skew": skew.nanmean(-1),
-        "undefined": kurtosis.isnan().double().mean(-1),
-        "num_keys": num_keys.double().mean(-1),
+        "entropy": found["entropy"],
+        "entropy_normalised": measures.normalised_entropy(found["entropy"], num_keys),
+        "effective_keys": found["entropy"].exp(),
+        "kurtosis": found["kurtosis"],
+        "kurtosis_normalised": measures.normalised_kurtosis(found["kurtosis"], num_keys),
+        "skew": found["skew"],
+        "kurtosis_scores": of_scores,
+        "second": found["second"],
+        "fourth": found["fourth"],
+        "received": Sum(found["received"]),
+        "num_keys": num_keys.double(),
     }
+
+
+def _finished(values: "Values") -> "tuple[Values, Values]":
+    """Per image and head: means over the queries, and what takes all of them together."""
+    from ssat_probe.measures.attention import kurtosis_of
+    from ssat_probe.measures.statistics import quantiles_of_defined
+    from ssat_probe.observation import over_queries
+
+    received, second, fourth = (values[name] for name in ("received", "second", "fourth"))
+    others = ("received", "second", "fourth")
+    means, undefined = over_queries({name: value for name, value in values.items() if name not in others})
+    low, median, high = quantiles_of_defined(values["kurtosis"], (0.25, 0.5, 0.75))
+    is_defined = (~values["kurtosis"].isnan()).any(-1)
+    over_map = fourth.mean(-1) / second.mean(-1).where(is_defined, float("nan")).square() - 3
+    more = {"kurtosis_median": median, "kurtosis_iqr": high - low, "kurtosis_map": over_map}
+    more |= {"kurtosis_received": kurtosis_of(received / received.sum(-1, keepdim=True))}
+    return {**means, **more}, {**undefined, "kurtosis_median": undefined["kurtosis"]}
 
 
 def _tokens(model: "nn.Module", policy: str) -> slice:

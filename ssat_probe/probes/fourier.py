@@ -11,18 +11,22 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
-    from ssat_probe.capture import Site
+    from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
 _AMPLITUDE = Column("log_amplitude", "ln", "log amplitude from two thirds of the Nyquist frequency on, minus at 0")
+_ENERGY = Column("energy_share", "", "share of the spatially varying energy there; undefined if constant")
+_PARK_KIM = Column(
+    "park_kim", "ln", "last point of the half diagonal minus the first (parity park_kim); undefined if oblong"
+)
 
 
 @dataclass(frozen=True)
 class Probe:
     """High spatial frequencies of the feature maps over the depth of the network."""
 
-    untrained_twin: bool = False
-    "Also measure the untrained network of the same architecture and seed, as a reference."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -32,17 +36,17 @@ class Probe:
         Column("depth", "", "index / (number of sites - 1): 0 at the input, 1 at the end"),
         *with_spread(_AMPLITUDE),
         *with_difference(_AMPLITUDE),
-        *with_spread(Column("energy_share", "", "share of the spatially varying energy there; undefined if constant")),
+        *with_spread(_ENERGY),
+        *with_difference(_ENERGY),
         Column("energy_share_noise", "", "energy share of noise without spatial structure, on this grid"),
-        Column(
-            "park_kim", "ln", "last point of the half diagonal minus the first (parity park_kim); undefined if oblong"
-        ),
+        *with_spread(_PARK_KIM),
         Column("park_kim_frequency", "π", "where that last point lies; their figures say 1; undefined if oblong"),
         Column("grid", "", "rows x columns of patches"),
         Column("is_coarse", "", "yes below 14 x 14 patches: few frequencies, compare with care"),
         Column("undefined", "", "fraction of images whose feature maps are constant up to rounding"),
         Column("num_images", "", "number of images"),
     )
+    policy: ClassVar[str] = "tokens patch"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per site.
@@ -54,7 +58,7 @@ class Probe:
         Returns:
             The columns of this probe.
         """
-        return self._table(_Seen(subject), None)
+        return self._table(self._seen(subject), None)
 
     def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
         """As `measure` for each subject, with differences to the first.
@@ -65,10 +69,20 @@ class Probe:
         Returns:
             Their tables.
         """
-        seen = [_Seen(subject) for _, subject in subjects]
-        return [self._table(one, seen[0] if one is not seen[0] else None) for one in seen]
+        seen = [self._seen(subject) for _, subject in subjects]
+        return [self._table(one, one.comparable(seen[0])) for one in seen]
 
-    def _table(self, seen: "_Seen", first: "_Seen | None") -> "DataFrame":
+    def _seen(self, subject: "Subject") -> "Observation":
+        from ssat_probe import geometry, observation
+        from ssat_probe.measures import fourier as measures
+
+        grid = geometry.grid(subject.model)
+        measures.check_grid(*grid)
+        seen = observation.of_features(subject, lambda tokens: _measured(tokens.unflatten(1, grid)))
+        seen.grid = grid
+        return seen
+
+    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
 
         from ssat_probe.measures import fourier as measures
@@ -81,14 +95,13 @@ class Probe:
             "is_coarse": "yes" if min(seen.grid) < measures.COARSE_GRID else "no",
             "num_images": seen.num_images,
         }
-        paired = first.statistics if first is not None and first.is_comparable(seen) else {}
         rows = []
         for site, one in seen.statistics.items():
             row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name}
-            row |= {"depth": site.index / (len(seen.statistics) - 1), "park_kim": float(one.mean("park_kim")), **shared}
-            row |= {"undefined": 1 - float(one.count("energy_share")) / seen.num_images}
-            row |= one.spread("log_amplitude") | one.spread("energy_share")
-            rows.append(row | one.differences(("log_amplitude",), paired.get(site)))
+            row |= {"depth": site.index / (len(seen.statistics) - 1), **shared}
+            row |= one.spread("log_amplitude") | one.spread("energy_share") | one.spread("park_kim")
+            row |= one.differences(("log_amplitude", "energy_share"), first.statistics[site] if first else None)
+            rows.append(row | {"undefined": row["energy_share_undefined"]})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
@@ -136,34 +149,9 @@ class Probe:
         return pd.concat(ends)[names].reset_index(drop=True)
 
 
-class _Seen:
-    """What one checkpoint gave, by site."""
+def _measured(maps: "Tensor") -> "dict[str, Tensor]":
+    """Each measure per image."""
+    from ssat_probe.measures import fourier as measures
 
-    def __init__(self, subject: "Subject") -> None:
-        import torch
-
-        from ssat_probe import capture, geometry
-        from ssat_probe.measures import fourier as measures
-        from ssat_probe.measures.bootstrap import ImageStatistics
-
-        self.grid = geometry.grid(subject.model)
-        measures.check_grid(*self.grid)
-        self.statistics = {site: ImageStatistics() for site in capture.sites(subject.model)}
-        self.images = getattr(subject, "fingerprint", "")
-        self.num_images = 0
-        with torch.no_grad():
-            for batch in subject.batches():
-
-                def reduce(site: "Site", tokens: "Tensor", ids: "Tensor" = batch.ids) -> None:
-                    maps = tokens.unflatten(1, self.grid)
-                    found = {"log_amplitude": measures.log_amplitude(maps), "park_kim": measures.park_kim(maps)}
-                    self.statistics[site].add(ids, found | {"energy_share": measures.energy_share(maps)})
-
-                with capture.features(subject.model, reduce):
-                    subject.model(batch.images)
-                self.num_images += len(batch.images)
-
-    def is_comparable(self, other: "_Seen") -> bool:
-        """Whether differences to another checkpoint are paired: the same images, grid and sites."""
-        mine, theirs = (([*one.statistics], one.grid, one.images) for one in (self, other))
-        return mine == theirs
+    found = {"log_amplitude": measures.log_amplitude(maps), "energy_share": measures.energy_share(maps)}
+    return found | {"park_kim": measures.park_kim(maps)}

@@ -12,45 +12,52 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ssat_probe.capture import Attention
+    from ssat_probe.observation import Observation, Sum, Values
     from ssat_probe.subject import Subject
 
-_SPREAD = (
+_MEASURES = (
     Column("mass_to_prefix", "", "attention of patch tokens to class and register tokens: the sink"),
+    Column("mass_prefix_to_prefix", "", "attention of class and register tokens to themselves; undefined without"),
+    Column("entropy_all", "nat", "entropy over all keys = the three parts below"),
+    Column("entropy_groups", "nat", "part of the choice between prefix tokens and patches"),
+    Column("entropy_prefix", "nat", "part of the choice among prefix tokens: 0 for a class token alone"),
+    Column("entropy_patch", "nat", "part of the choice among patches"),
     Column("effective_keys", "", "exp(entropy over the patches): number of keys a patch attends to"),
     Column("distance", "px", "attention distance between patches, weights renormalised over the patches"),
+    Column("distance_normalised", "", "distance / distance of uniform attention"),
+    Column("distance_probing_vits", "px", "distance without renormalisation (parity probing_vits)"),
+    Column("distance_mae_lite", "px", "distance with 14 px a patch (parity mae_lite)"),
     Column("nmi", "", "normalised mutual information of query and key: 0 all queries alike (collapse), at most 1"),
+    Column("nmi_cl_vs_mim", "", "the same with 1e-8 added to every weight (parity cl_vs_mim)"),
+    Column("information", "nat", "mutual information of query and key"),
+    Column("key_entropy", "nat", "entropy of the mean row: how evenly keys are attended to"),
     Column("divergence", "nat", "KL from the mean head; mean over heads: Jensen-Shannon; undefined for one head"),
+    Column("divergence_normalised", "", "divergence / largest Jensen-Shannon divergence; undefined for one head"),
+    Column("kl", "nat", "KL from the other heads, mean; undefined for one head or disjoint heads"),
+    Column("kl_median", "nat", "its median over the queries; undefined likewise"),
 )
-_PAIRED = ("mass_to_prefix", "distance", "nmi", "divergence")
+_PAIRED = ("mass_to_prefix", "effective_keys", "distance", "nmi", "divergence")
 
 
 @dataclass(frozen=True)
 class Probe:
     """Where attention heads look: class-token sink, distance, collapse, diversity."""
 
-    untrained_twin: bool = False
-    "Also measure the untrained network of the same architecture and seed, as a reference."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("block", "", "transformer block, 0 next to the input"),
         Column("head", "", "attention head within the block; heads have no common order across models"),
-        *(column for one in _SPREAD for column in with_spread(one)),
-        *(column for one in _SPREAD if one.name in _PAIRED for column in with_difference(one)),
-        Column("mass_prefix_to_prefix", "", "attention of class and register tokens to themselves; undefined without"),
-        Column("entropy_all", "nat", "entropy over all keys = the three parts below"),
-        Column("entropy_groups", "nat", "part of the choice between prefix tokens and patches"),
-        Column("entropy_prefix", "nat", "part of the choice among prefix tokens: 0 for a class token alone"),
-        Column("entropy_patch", "nat", "part of the choice among patches"),
-        Column("distance_normalised", "", "distance / distance of uniform attention"),
+        *(column for one in _MEASURES for column in with_spread(one)),
+        *(column for one in _MEASURES if one.name in _PAIRED for column in with_difference(one)),
+        Column("mass_uniform", "", "attention of uniform attention to class and register tokens"),
+        Column("keys_uniform", "", "number of patches: effective keys of uniform attention"),
         Column("distance_uniform", "px", "distance of uniform attention"),
-        Column("distance_probing_vits", "px", "distance without renormalisation (parity probing_vits)"),
-        Column("information", "nat", "mutual information of query and key"),
-        Column("key_entropy", "nat", "entropy of the mean row: how evenly keys are attended to"),
-        Column("divergence_normalised", "", "divergence / largest Jensen-Shannon divergence; undefined for one head"),
-        Column("kl", "nat", "KL from the other heads, mean; undefined for one head or disjoint heads"),
         Column("num_images", "", "number of images"),
     )
+    policy: ClassVar[str] = "queries patch, keys patch (mass and entropy_all: keys all)"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per block and head; queries are patch tokens.
@@ -61,7 +68,7 @@ class Probe:
         Returns:
             The columns of this probe.
         """
-        return self._table(_Seen(subject), None)
+        return self._table(self._seen(subject), None)
 
     def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
         """As `measure` for each subject, with differences to the first.
@@ -72,26 +79,31 @@ class Probe:
         Returns:
             Their tables.
         """
-        seen = [_Seen(subject) for _, subject in subjects]
-        return [self._table(one, seen[0] if one is not seen[0] else None) for one in seen]
+        seen = [self._seen(subject) for _, subject in subjects]
+        return [self._table(one, one.comparable(seen[0])) for one in seen]
 
-    def _table(self, seen: "_Seen", first: "_Seen | None") -> "DataFrame":
+    def _seen(self, subject: "Subject") -> "Observation":
+        from ssat_probe import capture, geometry, observation
+
+        prefix = capture.num_prefix_tokens(subject.model)
+        grid, patch = geometry.grid(subject.model), geometry.patch_size(subject.model)
+        distances = geometry.distances(grid, patch)
+        lite = geometry.distances(grid, (14, 14))
+        return observation.of_attention(subject, lambda seen: _rows(seen, prefix, distances, lite), _finished)
+
+    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
 
-        paired = first.statistics if first is not None and first.is_comparable(seen) else {}
-        spread = [column.name for column in _SPREAD]
-        plain = [column.name for column in self.columns if column.name in seen.names and column.name not in spread]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for block, one in seen.statistics.items():
-            differences = one.differences(_PAIRED, paired.get(block))
-            means = {name: one.mean(name).tolist() for name in plain}
+            same = one.differences(_PAIRED, first.statistics[block] if first else None)
+            same |= {"block": block, "num_images": seen.num_images}
             for head in range(len(one.mean("nmi"))):
-                row: dict[str, Any] = {"block": block, "head": head, "num_images": seen.num_images, **differences}
-                row |= {name: values[head] for name, values in means.items()}
-                for name in spread:
-                    row |= one.spread(name, head)
-                row["distance_normalised"] = row["distance"] / row["distance_uniform"]
-                rows.append(row)
+                row = same | {"head": head}
+                for measure in _MEASURES:
+                    row |= one.spread(measure.name, head)
+                references = ("mass_uniform", "keys_uniform", "distance_uniform")
+                rows.append(row | {name: float(one.mean(name)[head]) for name in references})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
@@ -123,8 +135,9 @@ class Probe:
                 if name in ("mass_to_prefix", "nmi", "divergence_normalised"):
                     drawing.keep_within(ax, 0, 1)
                 drawing.label_axes(ax, "block", label, title)
-            for distance in table["distance_uniform"].round(6).unique()[:3]:
-                axes[3].axhline(distance, color="0.5", linewidth=1, label="uniform attention")
+            for ax, name in ((axes[0], "mass_uniform"), (axes[2], "keys_uniform"), (axes[3], "distance_uniform")):
+                for uniform in table[name].round(6).unique()[:3] if name in table else ():
+                    ax.axhline(uniform, color="0.5", linewidth=1, label="uniform attention")
             drawing.legend_below(figure, drawing.band_note(drawn))
         return figure
 
@@ -141,66 +154,71 @@ class Probe:
         return table.groupby(["checkpoint", "block"], sort=False)[names].mean().reset_index()
 
 
-class _Seen:
-    """What one checkpoint gave, by block; entries are heads."""
-
-    def __init__(self, subject: "Subject") -> None:
-        import torch
-
-        from ssat_probe import capture, geometry
-        from ssat_probe.measures.bootstrap import ImageStatistics
-
-        model = subject.model
-        self._prefix = capture.num_prefix_tokens(model)
-        self._distances = geometry.distances(geometry.grid(model), geometry.patch_size(model))
-        self.statistics = {block: ImageStatistics() for block in range(len(capture.blocks(model)))}
-        self.images = getattr(subject, "fingerprint", "")
-        self.num_images = 0
-        self.names: set[str] = set()
-        with torch.no_grad():
-            for batch in subject.batches():
-
-                def reduce(seen: "Attention", ids: "Tensor" = batch.ids) -> None:
-                    found = _measures(seen, self._prefix, self._distances)
-                    self.names = set(found)
-                    self.statistics[seen.block].add(ids, found)
-
-                with capture.attention(model, reduce, is_checked=self.num_images == 0):
-                    model(batch.images)
-                self.num_images += len(batch.images)
-
-    def is_comparable(self, other: "_Seen") -> bool:
-        """Whether differences to another checkpoint are paired: the same images and as many blocks."""
-        return self.images == other.images and self.statistics.keys() == other.statistics.keys()
-
-
-def _measures(seen: "Attention", prefix: int, distances: "Tensor") -> "dict[str, Tensor]":
-    """Each measure per image and head: mean over the patch queries."""
+def _rows(seen: "Attention", prefix: int, distances: "Tensor", lite: "Tensor") -> "dict[str, Tensor | Sum]":
+    """Each measure per image, head and patch query of a chunk."""
     import torch
 
     from ssat_probe.measures import heads as measures
+    from ssat_probe.observation import Sum
 
-    log_all = measures.log_weights(seen.rows, are_scores=seen.has_scores)
-    patch_rows = seen.rows[:, :, prefix:, prefix:]
-    log_patch = measures.log_weights(patch_rows, are_scores=seen.has_scores)
-    parts = measures.entropy_parts(log_all[:, :, prefix:], prefix)
-    own = log_all[:, :, :prefix, :prefix].double().exp().sum(-1).mean(-1)  # NaN without prefix tokens
-    distance = measures.mean_distance(log_patch, distances)
+    everything = slice(None)
+    patches, own = (seen.part(queries, everything) for queries in (slice(prefix, None), slice(0, prefix)))
+    log_all = measures.log_weights(patches.rows, are_scores=seen.has_scores)
+    log_patch = measures.log_weights(patches.rows[..., prefix:], are_scores=seen.has_scores)
+    weights = log_patch.double().exp()
+    parts = measures.entropy_parts(log_all, prefix)
+    entropy = torch.special.entr(weights).sum(-1)
+    distance, uniform = (measures.mean_distance(log_patch, distances[_place(patches, prefix)]),
+        measures.uniform_distance(log_patch, distances[_place(patches, prefix)]))  # fmt: skip
     divergence = measures.divergence(log_patch)
     bound = measures.divergence_bound(divergence.shape[1], log_patch.shape[-1])
-    rows = {
+    log_own = measures.log_weights(own.rows, are_scores=seen.has_scores).double()
+    is_valid = ~log_all.isneginf()
+    floored = measures.floored(weights)
+    return {
         "mass_to_prefix": parts["mass"],
-        "effective_keys": torch.special.entr(log_patch.double().exp()).sum(-1).exp(),
-        "distance": distance,
-        "divergence": divergence,
+        "mass_prefix_to_prefix": log_own[..., :prefix].exp().sum(-1),
         "entropy_all": parts["all"],
         "entropy_groups": parts["groups"],
         "entropy_prefix": parts["prefix"],
         "entropy_patch": parts["patch"],
-        "distance_uniform": measures.uniform_distance(log_patch, distances),
+        "effective_keys": entropy.exp(),
+        "distance": distance,
+        "distance_normalised": distance / uniform,
         "distance_probing_vits": distance * (1 - parts["mass"]),
+        "distance_mae_lite": measures.mean_distance(log_patch, lite[_place(patches, prefix)]),
+        "divergence": divergence,
         "divergence_normalised": divergence / bound if bound else divergence,
         "kl": measures.mean_kl(log_patch),
+        "mass_uniform": is_valid[..., :prefix].sum(-1).double() / is_valid.sum(-1),
+        "keys_uniform": is_valid[..., prefix:].sum(-1).double(),
+        "distance_uniform": uniform,
+        "entropy": entropy,
+        "rows": Sum(weights.sum(-2)),
+        "entropy_floored": torch.special.entr(floored).sum(-1),
+        "rows_floored": Sum(floored.sum(-2)),
     }
-    per_head = measures.mutual_information(log_patch)
-    return {name: values.nanmean(-1) for name, values in rows.items()} | per_head | {"mass_prefix_to_prefix": own}
+
+
+def _place(patches: "Attention", prefix: int) -> slice:
+    """Which patches the queries of a chunk are."""
+    start = patches.first_query - prefix
+    return slice(start, start + patches.rows.shape[2])
+
+
+def _finished(values: "Values") -> "tuple[Values, Values]":
+    """Per image and head: means over the queries, and the information, which takes all of them together."""
+    from ssat_probe.measures.heads import information_from_means
+    from ssat_probe.measures.statistics import quantiles_of_defined
+    from ssat_probe.observation import over_queries
+
+    num_queries = values["entropy"].shape[-1]
+    plain, like_cl_vs_mim = (
+        information_from_means(values[f"rows{kind}"] / num_queries, values[f"entropy{kind}"].mean(-1), num_queries)
+        for kind in ("", "_floored")
+    )
+    together = {"rows", "rows_floored", "entropy", "entropy_floored"}
+    means, undefined = over_queries({name: value for name, value in values.items() if name not in together})
+    median = {"kl_median": quantiles_of_defined(values["kl"], (0.5,))[0]}
+    more = {**plain, **median, "nmi_cl_vs_mim": like_cl_vs_mim["nmi"]}
+    return {**means, **more}, {**undefined, "kl_median": undefined["kl"]}

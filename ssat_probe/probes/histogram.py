@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ssat_probe.capture import Attention
+    from ssat_probe.observation import Sum, Values
     from ssat_probe.subject import Subject
 
 _SHARE = Column("share", "", "share of the weights in the bin; sums to 1 over the bins of a block")
+
+# Weights per decade below which nothing is drawn: one in a thousand.
+_LEAST_DENSITY = 1e-3
 
 # Blocks drawn, evenly over the depth; more panels would not be legible.
 _MOST_PANELS = 6
@@ -24,8 +28,8 @@ _MOST_PANELS = 6
 class Probe:
     """Distribution of the attention weights, per block."""
 
-    untrained_twin: bool = False
-    "Also measure the untrained network of the same architecture and seed, as a reference."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -36,6 +40,7 @@ class Probe:
         *with_spread(Column("mass", "", "share of the attention that the weights in the bin hold")),
         Column("num_images", "", "number of images"),
     )
+    policy: ClassVar[str] = "queries patch, keys patch"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per block and bin; queries and keys are patch tokens, rows renormalised over these.
@@ -46,38 +51,23 @@ class Probe:
         Returns:
             The columns of this probe.
         """
-        import torch
         from pandas import DataFrame
 
-        from ssat_probe import capture
-        from ssat_probe.measures.bootstrap import ImageStatistics
-        from ssat_probe.measures.heads import log_weights
-        from ssat_probe.measures.histogram import EDGES, histogram
+        from ssat_probe import capture, observation
+        from ssat_probe.measures.histogram import EDGES
 
-        model = subject.model
-        prefix = capture.num_prefix_tokens(model)
-        running: dict[int, ImageStatistics] = {block: ImageStatistics() for block in range(len(capture.blocks(model)))}
-        num_images = 0
-        with torch.no_grad():
-            for batch in subject.batches():
-
-                def reduce(seen: "Attention", ids: "Tensor" = batch.ids) -> None:
-                    share, mass = histogram(log_weights(seen.rows[:, :, prefix:, prefix:], are_scores=seen.has_scores))
-                    running[seen.block].add(ids, {"share": share, "mass": mass})
-
-                with capture.attention(model, reduce, is_checked=num_images == 0):
-                    model(batch.images)
-                num_images += len(batch.images)
+        patches = slice(capture.num_prefix_tokens(subject.model), None)
+        seen = observation.of_attention(subject, lambda one: _sums(one.part(patches, patches)), _shares)
         rows = []
-        for block, one in running.items():
+        for block, one in seen.statistics.items():
             for i, (low, high) in enumerate(pairwise(EDGES)):
-                row = {"block": block, "log_weight": (low + high) / 2, "num_images": num_images}
+                row = {"block": block, "log_weight": (low + high) / 2, "num_images": seen.num_images}
                 row |= one.spread("share", i) | one.spread("mass", i)
                 rows.append(row | {"density": row["share"] / (high - low)})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
-        """Density of the weights, a panel per block.
+        """Density of the weights on a logarithmic axis, a panel per block.
 
         Args:
             table: What `measure` gave, for one or more checkpoints.
@@ -99,7 +89,8 @@ class Probe:
                 ax.axvline(0, color="0.5", linewidth=1, label="uniform attention")
                 drawn = drawing.lines_with_band(ax, table[table["block"] == block], "log_weight", "density", marker="")
                 ax.set_xlim(seen.min() - 0.25, max(seen.max(), 0) + 0.25)
-                ax.set_ylim(bottom=0)
+                ax.set_yscale("log")
+                ax.set_ylim(_LEAST_DENSITY, 10)
                 drawing.label_axes(ax, "log10(weight × keys)", "weights per decade", f"Block {block}")
             for ax in axes[len(blocks) :]:
                 ax.remove()
@@ -130,3 +121,18 @@ class Probe:
                 }
             )
         return DataFrame(rows)
+
+
+def _sums(seen: "Attention") -> "dict[str, Tensor | Sum]":
+    """Weights and mass per image and bin, of a chunk."""
+    from ssat_probe.measures.heads import log_weights
+    from ssat_probe.measures.histogram import histogram_sums
+    from ssat_probe.observation import Sum
+
+    counts, mass = histogram_sums(log_weights(seen.rows, are_scores=seen.has_scores))
+    return {"share": Sum(counts), "mass": Sum(mass)}
+
+
+def _shares(values: "Values") -> "tuple[Values, Values]":
+    """Shares per image and bin."""
+    return {name: value / value.sum(-1, keepdim=True) for name, value in values.items()}, {}

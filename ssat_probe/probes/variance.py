@@ -1,25 +1,38 @@
 """Variance of the feature maps over the depth of the network."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ssat_probe.table import Column
+from ssat_probe.registry import known
+from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from torch import Tensor
 
-    from ssat_probe.capture import Site
+    from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
 # Variances that span more than this factor are drawn on a logarithmic axis.
 _WIDE_RANGE = 30
 
+_MEASURES = (
+    Column("variance", "activation²", "variance over the positions of an image, mean over channels and images"),
+    Column("relative_variance", "", "share of the feature energy that differs over positions: 0 all equal, 1 all"),
+)
+_NAMES = tuple(column.name for column in _MEASURES)
+
 
 @dataclass(frozen=True)
 class Probe:
     """Variance of the feature maps over the depth of the network."""
+
+    parity: Literal["", "park_kim"] = ""
+    "park_kim: the variance by the operations of Park & Kim's code, in the arithmetic of the model."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -27,13 +40,22 @@ class Probe:
         Column("block", "", "transformer block, 0 next to the input; -1 for embed"),
         Column("site", "", "embed, or after the attention or the mlp of a block"),
         Column("depth", "", "index / (number of sites - 1): 0 at the input, 1 at the end"),
-        Column("variance", "activation²", "variance over the positions of an image, mean over channels and images"),
-        Column("variance_sd", "activation²", "standard deviation of the variance over images"),
-        Column("relative_variance", "", "share of the feature energy that differs over positions: 0 all equal, 1 all"),
-        Column("relative_variance_sd", "", "standard deviation of the relative variance over images"),
+        *(column for one in _MEASURES for column in with_spread(one)),
         Column("gain", "log2", "log2(variance / variance at the site before); undefined at embed"),
+        Column(
+            "gain_low", "log2", "lower end of its 95 % bootstrap interval over images; undefined likewise", of="gain"
+        ),
+        Column(
+            "gain_high", "log2", "upper end of its 95 % bootstrap interval over images; undefined likewise", of="gain"
+        ),
+        *(column for one in _MEASURES for column in with_difference(one)),
         Column("num_images", "", "number of images"),
     )
+
+    @property
+    def policy(self) -> str:
+        """Of what the measures are taken."""
+        return f"tokens patch, parity {self.parity}" if self.parity else "tokens patch"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per site.
@@ -44,43 +66,55 @@ class Probe:
         Returns:
             The columns of this probe.
         """
+        return self._table(self._seen(subject), None)
+
+    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
+        """As `measure` for each subject, with differences to the first.
+
+        Args:
+            subjects: Labels and subjects.
+
+        Returns:
+            Their tables.
+        """
+        seen = [self._seen(subject) for _, subject in subjects]
+        return [self._table(one, one.comparable(seen[0])) for one in seen]
+
+    def _seen(self, subject: "Subject") -> "Observation":
+        from ssat_probe import observation
+        from ssat_probe.measures.features import both_variances, park_kim_variance
+
+        known(self.parity, ("", "park_kim"), "parities")
+
+        def measure(tokens: "Tensor") -> "dict[str, Tensor]":
+            variance, relative = both_variances(tokens)
+            variance = park_kim_variance(tokens) if self.parity else variance
+            return {"variance": variance, "relative_variance": relative}
+
+        return observation.of_features(subject, measure)
+
+    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         import torch
         from pandas import DataFrame
 
-        from ssat_probe import capture
-        from ssat_probe.measures.features import feature_map_variance, gain, relative_variance
-        from ssat_probe.measures.statistics import StreamingMean
+        from ssat_probe.measures.features import gain
 
-        sites = capture.sites(subject.model)
-        variance = {site: StreamingMean() for site in sites}
-        relative = {site: StreamingMean() for site in sites}
-
-        def reduce(site: "Site", tokens: "Tensor") -> None:
-            variance[site].add(feature_map_variance(tokens))
-            relative[site].add(relative_variance(tokens))
-
-        num_images = 0
-        with torch.no_grad():
-            for batch in subject.batches():
-                with capture.features(subject.model, reduce):
-                    subject.model(batch.images)
-                num_images += len(batch.images)
-        means = torch.stack([variance[site].mean for site in sites])
-        table = DataFrame(
-            {
-                "index": [site.index for site in sites],
-                "block": [site.block for site in sites],
-                "site": [site.name for site in sites],
-                "depth": [site.index / (len(sites) - 1) for site in sites],
-                "variance": means.numpy(),
-                "variance_sd": [float(variance[site].sd) for site in sites],
-                "relative_variance": [float(relative[site].mean) for site in sites],
-                "relative_variance_sd": [float(relative[site].sd) for site in sites],
-                "gain": [float("nan"), *gain(means[:-1], means[1:]).tolist()],
-                "num_images": num_images,
-            }
-        )
-        return table[[column.name for column in self.columns]]
+        rows, before = [], None
+        nan = float("nan")
+        for site, one in seen.statistics.items():
+            row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name}
+            row |= {"depth": site.index / (len(seen.statistics) - 1), "num_images": seen.num_images}
+            row |= one.spread("variance") | one.spread("relative_variance")
+            row |= one.differences(_NAMES, first.statistics[site] if first else None)
+            row |= {"gain": nan, "gain_low": nan, "gain_high": nan}
+            if before is not None:
+                gains = gain(before.replicates("variance"), one.replicates("variance"))
+                low, high = torch.nanquantile(gains, gains.new_tensor([0.025, 0.975])).tolist()
+                row |= {"gain": float(gain(before.mean("variance"), one.mean("variance")))}
+                row |= {"gain_low": low, "gain_high": high}
+            rows.append(row)
+            before = one
+        return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
         """Variance and relative variance over normalised depth; grey where attention acts.

@@ -49,7 +49,7 @@ def test_one_hot_row_has_no_entropy_and_the_largest_kurtosis():
 
 @pytest.mark.parametrize(("keys", "pearson"), [(196, 194.005), (49, 47.02), (784, 782.001)])
 def test_kurtosis_of_a_one_hot_row_at_usual_sizes(keys: int, pearson: float):
-    # MEASURES 6.3: values made with scipy 1.17.
+    # Values made with scipy 1.17.
     assert attention.excess_kurtosis(uniform_on(1, keys)).item() + 3 == pytest.approx(pearson, abs=1e-2)
 
 
@@ -194,3 +194,54 @@ def test_half_precision_is_widened_before_summing():
 def test_weights_that_do_not_sum_to_one_are_refused():
     with pytest.raises(ValueError, match=r"must sum to 1 over the valid keys, got sums from 2 to 2\. Pass them"):
         attention.entropy(torch.full((1, 1, 2, 4), 0.5))
+
+
+def test_all_measures_of_a_row_at_once_are_those_one_by_one():
+    scores = random_scores()
+    is_valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(12)) > 0.3
+    is_valid[..., 0] = True
+    for valid in (None, is_valid):
+        weights = attention.weights_from_scores(scores, valid)
+        found = attention.row_measures(scores, valid)
+        kurtosis, skew = attention.excess_kurtosis_and_skewness(weights, valid)
+        torch.testing.assert_close(found["entropy"], attention.entropy_from_scores(scores, valid), rtol=0, atol=1e-13)
+        torch.testing.assert_close(found["kurtosis"], kurtosis, rtol=1e-11, atol=1e-11, equal_nan=True)
+        torch.testing.assert_close(found["skew"], skew, rtol=1e-11, atol=1e-11, equal_nan=True)
+        torch.testing.assert_close(found["received"], weights.sum(-2), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(
+        attention.row_measures(scores)["entropy"], special.entr(scores.softmax(-1).numpy()).sum(-1)
+    )
+    np.testing.assert_allclose(
+        attention.row_measures(scores)["kurtosis"], stats.kurtosis(scores.softmax(-1), axis=-1), rtol=1e-10
+    )
+
+
+def test_all_measures_at_once_keep_to_the_special_rows():
+    uniform = attention.row_measures(torch.full((1, 1, 1, 196), 3.0))
+    assert uniform["entropy"].item() == pytest.approx(math.log(196), abs=1e-6)
+    assert uniform["kurtosis"].isnan().all()
+    assert uniform["skew"].isnan().all()
+    one_hot = row(*[0.0] * 3, 1.0, *[0.0] * 45).log()
+    found = attention.row_measures(one_hot)
+    assert found["entropy"].item() == 0
+    assert found["kurtosis"].item() == pytest.approx(47 + 1 / 48 - 3)
+    hole = attention.row_measures(row(0.0, *[1 / 48] * 48).log())
+    assert hole["kurtosis"].item() == pytest.approx(47 + 1 / 48 - 3)
+    assert hole["entropy"].item() == pytest.approx(math.log(48))
+    assert hole["skew"].item() < 0 < found["skew"].item()
+    nobody = attention.row_measures(random_scores(), torch.zeros(BATCH, HEADS, QUERIES, KEYS, dtype=torch.bool))
+    assert nobody["entropy"].isnan().all()
+    assert nobody["kurtosis"].isnan().all()
+
+
+def test_single_precision_is_as_good_as_it_can_be():
+    scores = random_scores(keys=197)
+    wide, single = attention.row_measures(scores), attention.row_measures(scores.float())
+    for name in ("entropy", "kurtosis", "skew"):
+        torch.testing.assert_close(single[name], wide[name], rtol=2e-5, atol=2e-5)
+
+
+def test_kurtosis_of_any_numbers_is_scipys():
+    values = random_scores()
+    np.testing.assert_allclose(attention.kurtosis_of(values), stats.kurtosis(values, axis=-1), rtol=1e-12)
+    assert attention.kurtosis_of(torch.full((2, 5), 7.3)).isnan().all()

@@ -58,6 +58,26 @@ def test_sums_are_in_float64():
     np.testing.assert_allclose(features.feature_map_variance(tokens).numpy(), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_both_variances_at_once_are_those_one_by_one(dtype: torch.dtype, tolerance: float):
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(1), dtype=dtype) + 2
+    variance, relative = features.both_variances(tokens)
+    torch.testing.assert_close(variance, features.feature_map_variance(tokens), rtol=tolerance, atol=0)
+    torch.testing.assert_close(relative, features.relative_variance(tokens), rtol=tolerance, atol=0)
+    assert variance.dtype == relative.dtype == torch.float64
+    assert features.both_variances(torch.zeros(1, 4, 2))[1].isnan().all()
+    assert features.both_variances(torch.ones(1, 4, 2))[1].item() == 0
+    with pytest.raises(ValueError, match="at least 2 tokens per image, got 1"):
+        features.both_variances(tokens[:, :1])
+
+
+def test_variance_of_park_and_kim_is_over_height_and_width():
+    tokens = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    maps = tokens.unflatten(1, (2, 3)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(features.park_kim_variance(tokens), maps.var(dim=[-1, -2]).mean(dim=1))
+    torch.testing.assert_close(features.park_kim_variance(tokens), features.feature_map_variance(tokens))
+
+
 def test_gain_counts_doublings():
     assert features.gain(torch.tensor([1.0, 4.0, 3.0]), torch.tensor([8.0, 1.0, 3.0])).tolist() == [3, -2, 0]
 

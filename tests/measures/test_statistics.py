@@ -10,8 +10,8 @@ from ssat_probe.measures.statistics import (
     Interval,
     StreamingMean,
     bootstrap_interval,
-    median_of_defined,
     paired_difference,
+    quantiles_of_defined,
     t_interval,
     verdict,
 )
@@ -80,10 +80,12 @@ def test_mean_of_nothing_and_entries_of_another_shape_are_refused():
         streaming.add(torch.zeros(2, 5))
 
 
-def test_median_of_defined_values_is_that_of_numpy():
+def test_quantiles_of_defined_values_are_those_of_numpy():
     rows = torch.tensor([[3.0, 1.0, torch.nan, 2.0, torch.nan], [4.0, torch.nan, 1.0, 3.0, 9.0], [5.0] * 5])
-    np.testing.assert_array_equal(median_of_defined(rows), np.nanmedian(rows.numpy(), axis=1))
-    assert median_of_defined(torch.full((2, 3), torch.nan)).isnan().all()
+    shares = (0.25, 0.5, 0.75, 1.0)
+    found = quantiles_of_defined(rows, shares)
+    np.testing.assert_allclose(torch.stack(found), np.nanquantile(rows.numpy(), shares, axis=1), rtol=1e-14)
+    assert quantiles_of_defined(torch.full((2, 3), torch.nan), (0.5,))[0].isnan().all()
 
 
 def test_t_interval_is_that_of_scipy():

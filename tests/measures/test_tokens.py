@@ -105,3 +105,16 @@ def test_the_residual_is_the_share_of_the_norm(generator):
 def test_one_token_is_refused(measure):
     with pytest.raises(ValueError, match=r"at least 2 tokens per image, got 1\."):
         measure(torch.ones(IMAGES, 1, DIM))
+
+
+def test_standardised_tokens_have_mean_0_and_deviation_1_in_every_channel():
+    tokens = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    tokens[..., 1] *= 1000
+    tokens[..., 3] = 0.3
+    found = measures.standardized(tokens)
+    torch.testing.assert_close(found.mean(1), torch.zeros(2, 5).double(), rtol=0, atol=1e-12)
+    expected = torch.tensor([1, 1, 1, 0, 1]).double().expand(2, 5)
+    torch.testing.assert_close(found.square().mean(1), expected, rtol=0, atol=1e-12)
+    plain, fair = (measures.effective_rank(measures.singular_values(x)) for x in (tokens, found))
+    assert (plain < 1.1).all()
+    assert (fair > 2).all()

@@ -42,7 +42,9 @@ def test_a_small_grid_is_refused(checkpoints: Paths) -> None:
 
 
 def test_differences_are_to_the_first_checkpoint(fine_checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(), [fine_checkpoints["scratch"], fine_checkpoints["ssat"]], SAMPLE)
+    table, _ = probe.measure_all(
+        Probe(untrained_twin=False), [fine_checkpoints["scratch"], fine_checkpoints["ssat"]], SAMPLE
+    )
     first, second = (one.reset_index() for _, one in table.groupby("checkpoint", sort=False))
     difference = second["log_amplitude"] - first["log_amplitude"]
     np.testing.assert_allclose(second["log_amplitude_difference"], difference, atol=1e-12)
@@ -50,7 +52,7 @@ def test_differences_are_to_the_first_checkpoint(fine_checkpoints: Paths) -> Non
 
 
 def test_figure_says_that_the_grid_is_coarse(fine_checkpoints: Paths) -> None:
-    table = probe.measure("fourier", list(fine_checkpoints.values()), num_images=13, device="cpu")
+    table = probe.measure("fourier", list(fine_checkpoints.values()), num_images=13, device="cpu", untrained_twin=False)
     figure = Probe().draw(table)
     assert figure.legends[0].get_title().get_text() == "energy share of white noise: 0.62; coarse grid: 8x8"
     assert len(Probe().summary(table)) == 6

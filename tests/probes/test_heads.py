@@ -55,7 +55,7 @@ def test_every_number_is_what_the_weights_say(checkpoints: Paths) -> None:
 
 
 def test_differences_are_of_blocks_because_heads_have_no_common_order(checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
+    table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
     first, second = (one.groupby("block").mean(numeric_only=True) for _, one in table.groupby("method", sort=False))
     np.testing.assert_allclose(second["distance_difference"], second["distance"] - first["distance"], atol=1e-12)
     assert table.groupby(["method", "block"])["distance_difference"].nunique().max() == 1

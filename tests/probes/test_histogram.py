@@ -33,7 +33,7 @@ def test_sharp_attention_has_heavier_tails(checkpoints: Paths) -> None:
 
 
 def test_figure_has_at_most_six_blocks_from_first_to_last(checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(), [checkpoints["ssat"]], SAMPLE)
+    table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["ssat"]], SAMPLE)
     deep = pd.concat([table[table["block"] == 0].assign(block=block) for block in range(24)])
     titles = [ax.get_title(loc="left") for ax in Probe().draw(deep).axes]
     assert titles == [f"Block {block}" for block in (0, 5, 9, 14, 18, 23)]

@@ -43,7 +43,7 @@ def test_every_row_is_the_measure_of_that_blocks_output(checkpoints: Paths) -> N
 
 
 def test_differences_are_to_the_first_checkpoint_on_the_same_images(checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
+    table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
     first, second = (one.reset_index() for _, one in table.groupby("checkpoint", sort=False))
     assert first.filter(like="difference").isna().all(axis=None)
     np.testing.assert_allclose(second["cosine_difference"], second["cosine"] - first["cosine"], atol=1e-12)
@@ -59,7 +59,7 @@ def test_differences_are_empty_where_the_images_differ(checkpoints: Paths) -> No
 
 
 def test_the_untrained_twin_is_one_more_checkpoint(checkpoints: Paths) -> None:
-    table, record = probe.measure_all(Probe(untrained_twin=True), list(checkpoints.values()), SAMPLE)
+    table, record = probe.measure_all(Probe(), list(checkpoints.values()), SAMPLE)
     twin = table[table["method"] == "untrained"]
     assert twin["checkpoint"].unique().tolist() == ["vit_nano-digits-untrained-patch2x2-seed0"]
     assert set(twin["epoch"]) == {0}
@@ -69,7 +69,7 @@ def test_the_untrained_twin_is_one_more_checkpoint(checkpoints: Paths) -> None:
 
 
 def test_figure_shows_every_method_and_the_twin(checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(untrained_twin=True), list(checkpoints.values()), SAMPLE)
+    table, _ = probe.measure_all(Probe(), list(checkpoints.values()), SAMPLE)
     figure = Probe().draw(table)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["scratch", "SSL+FT", "SSAT", "untrained"]
     assert len(figure.axes) == 3

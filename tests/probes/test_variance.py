@@ -1,6 +1,6 @@
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,10 +23,11 @@ class StandIn:
     model: nn.Module
     images: Tensor
     batch_size: int
+    order: list[int] = field(default_factory=list)
 
     def batches(self) -> Iterator[SimpleNamespace]:
-        for batch in self.images.split(self.batch_size):
-            yield SimpleNamespace(images=batch)
+        for ids in torch.tensor(self.order or range(len(self.images))).split(self.batch_size):
+            yield SimpleNamespace(images=self.images[ids], ids=ids)
 
 
 def make(batch_size: int = 3) -> StandIn:
@@ -85,6 +86,31 @@ def test_result_does_not_depend_on_the_batch_size(batch_size: int):
     numbers = Probe().measure(make(batch_size)).select_dtypes("number").to_numpy()
     expected = Probe().measure(make(IMAGES)).select_dtypes("number").to_numpy()
     np.testing.assert_allclose(numbers, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_result_does_not_depend_on_the_order():
+    subject = make()
+    expected = Probe().measure(subject).select_dtypes("number").to_numpy()
+    subject.order = list(range(IMAGES))[::-1]
+    numbers = Probe().measure(subject).select_dtypes("number").to_numpy()
+    np.testing.assert_allclose(numbers, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parity_with_park_and_kim_is_their_three_lines():
+    table = Probe(parity="park_kim").measure(make(IMAGES))
+    latents = [torch.from_numpy(x) for x in by_hand(make())]  # (image, token, channel), class token dropped
+    for row, latent in zip(table.itertuples(), latents, strict=True):
+        maps = latent.reshape(len(latent), 2, -1, latent.shape[-1]).permute(0, 3, 1, 2)
+        assert row.variance == pytest.approx(maps.var(dim=[-1, -2]).mean(dim=[0, 1]).item(), rel=1e-12)
+    with pytest.raises(ValueError, match="No 'parkkim' in parities"):
+        Probe(parity="parkkim").measure(make())
+
+
+def test_gains_have_intervals_from_the_same_resamples():
+    table = Probe().measure(make())[1:]
+    assert table["gain"].between(table["gain_low"], table["gain_high"]).all()
+    widths = table["gain_high"] - table["gain_low"]
+    assert (widths > 0).all()
 
 
 def test_images_without_structure_have_no_variance():

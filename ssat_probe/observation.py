@@ -1,0 +1,154 @@
+"""Observation: what the images of one checkpoint give, streamed past it once; which others it compares with."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssat_probe import capture
+from ssat_probe.measures.bootstrap import ImageStatistics
+from ssat_probe.subject import Subject
+
+MOST_WEIGHTS = 2**18
+"Attention weights looked at a time, in chunks of queries: a megabyte in float32. Tuned, no source."
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over queries, to be added up over the chunks; other values are one per query, and are put side by side."""
+
+    value: Tensor
+
+
+@dataclass
+class Observation:
+    """Means over images with their spread, by block or site, in constant memory."""
+
+    statistics: dict[Any, ImageStatistics]
+    images: str
+    "Fingerprint of the images."
+    setting: str
+    "Size, preparation and grid under which they were seen."
+    num_images: int = 0
+    grid: tuple[int, int] = (0, 0)
+    "Rows and columns of patches, where a measure needs them."
+    errors: dict[int, float] = field(default_factory=dict)
+    "Self-check of the capture by block, from the first batch."
+
+    def comparable(self, first: "Observation | None") -> "Observation | None":
+        """The first checkpoint, if differences to it are paired; None for itself, and for what is not comparable.
+
+        Args:
+            first: What the first checkpoint gave.
+
+        Returns:
+            It, if it saw the same images in the same setting and has the same blocks.
+        """
+        if first is None or first is self:
+            return None
+        mine, theirs = ((one.images, one.setting, [*one.statistics]) for one in (self, first))
+        return first if mine == theirs else None
+
+
+def of_attention(
+    subject: Subject,
+    rows: Callable[[capture.Attention], Mapping[str, Tensor | Sum]],
+    finish: "Callable[[Values], tuple[Values, Values]] | None" = None,
+    blocks: Sequence[int] = (),
+) -> Observation:
+    """Reduce the attention of every block, a chunk of queries at a time.
+
+    Args:
+        subject: Its model is in eval mode.
+        rows: What a chunk of attention gives: (image, head, query) per name, or a `Sum`.
+        finish: Value per image, and fraction undefined, from what all chunks of a batch gave; by default means over the
+            queries where a value is defined.
+        blocks: To look at; empty means all.
+
+    Returns:
+        By block; entries are what ``finish`` leaves beside the images, usually heads.
+    """
+    chosen = tuple(sorted(set(blocks))) or tuple(range(len(capture.blocks(subject.model))))
+    seen = _nothing(subject, chosen)
+    for batch in subject.batches():
+        parts: dict[int, list[Mapping[str, Tensor | Sum]]] = {block: [] for block in chosen}
+
+        def reduce(one: capture.Attention, parts: dict[int, list[Any]] = parts) -> None:
+            parts[one.block].append(rows(one))
+
+        is_first = seen.num_images == 0
+        with (
+            torch.no_grad(),
+            capture.attention(
+                subject.model, reduce, only=chosen, is_checked=is_first, most_weights=MOST_WEIGHTS
+            ) as errors,
+        ):
+            subject.model(batch.images)
+        for block, found in parts.items():
+            seen.statistics[block].add(batch.ids, *(finish or over_queries)(_joined(found)))
+        seen.errors = dict(errors) if is_first else seen.errors
+        seen.num_images += len(batch.images)
+    return seen
+
+
+def over_queries(values: Values) -> tuple[Values, Values]:
+    """Means over the queries for which a value is defined, and the fraction of the others.
+
+    Args:
+        values: (image, head, query) per name.
+
+    Returns:
+        (image, head) per name, twice.
+    """
+    return (
+        {name: value.nanmean(-1) for name, value in values.items()},
+        {name: value.isnan().double().mean(-1) for name, value in values.items() if value.shape[-1]},
+    )
+
+
+def of_features(
+    subject: Subject,
+    measure: Callable[[Tensor], Values],
+    is_wanted: Callable[[capture.Site], bool] = lambda site: True,
+) -> Observation:
+    """Measure the patch tokens of the residual stream at every site.
+
+    Args:
+        subject: Its model is in eval mode.
+        measure: Value per image and name, from the patch tokens of a batch.
+        is_wanted: Which sites to look at.
+
+    Returns:
+        By site.
+    """
+    seen = _nothing(subject, [site for site in capture.sites(subject.model) if is_wanted(site)])
+    for batch in subject.batches():
+
+        def reduce(site: capture.Site, tokens: Tensor, ids: Tensor = batch.ids) -> None:
+            if site in seen.statistics:
+                seen.statistics[site].add(ids, measure(tokens))
+
+        with torch.no_grad(), capture.features(subject.model, reduce):
+            subject.model(batch.images)
+        seen.num_images += len(batch.images)
+    return seen
+
+
+def _nothing(subject: Subject, places: Iterable[Any]) -> Observation:
+    statistics = {place: ImageStatistics() for place in places}
+    return Observation(statistics, getattr(subject, "fingerprint", ""), getattr(subject, "setting", ""))
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor | Sum]]) -> Values:
+    """Values of all queries, from the chunks in which they came."""
+    joined: dict[str, Tensor] = {}
+    for name, one in parts[0].items():
+        if isinstance(one, Sum):
+            joined[name] = torch.stack([part[name].value for part in parts]).sum(0)  # type: ignore[union-attr]
+        else:
+            joined[name] = torch.cat([part[name] for part in parts], -1)  # type: ignore[misc]
+    return joined
