@@ -126,12 +126,12 @@ def compare(
     """
     parts = [costs, *tables.values()]
     identity = pd.concat([one[["checkpoint", "method", "seed"]] for one in parts]).drop_duplicates()
-    _check_settings(tables)
     sources = {**tables, "cost": costs}
     values = identity.copy()
     for name, measure in measures.items():
         table = sources[known(measure.probe, sources, f"the probes of measure {name!r}")]
         values[name] = values["checkpoint"].map(measure.of(table))
+        _check_settings(name, values, table)
         _check_unique(name, values)
     rows = []
     for method, group in values.groupby("method", sort=False):
@@ -143,14 +143,16 @@ def compare(
     return compared, DataFrame([_judged(claim, values) for claim in claims])
 
 
-def _check_settings(tables: Mapping[str, DataFrame]) -> None:
-    """Refuse to average over checkpoints that see the images at another size, on another grid or prepared otherwise."""
-    for name, table in tables.items():
-        settings = table["setting"].unique().tolist() if "setting" in table else []
-        if len(settings) > 1:
+def _check_settings(name: str, values: DataFrame, table: DataFrame) -> None:
+    """Refuse to average over seeds that see the images at another size, on another grid or prepared otherwise."""
+    if "setting" not in table:
+        return
+    settings = values["checkpoint"].map(table.drop_duplicates("checkpoint").set_index("checkpoint")["setting"])
+    for method, group in settings[values[name].notna()].groupby(values["method"]):
+        if len(seen := group.dropna().unique().tolist()) > 1:
             raise ValueError(
-                f"All checkpoints of a comparison must see the images in one setting, got {' and '.join(settings)} in "
-                f"{name}; compare those of each setting by themselves."
+                f"Measure {name!r} must be of one setting for all seeds of {method}, got {' and '.join(seen)}; select "
+                "one with its condition, such as where: setting.str.startswith('32x32')."
             )
 
 

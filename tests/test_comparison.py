@@ -58,7 +58,7 @@ def test_untrained_twins_of_any_probe_are_compared_too(table: DataFrame, costs: 
 
 def test_other_settings_are_never_averaged_over(table: DataFrame, costs: DataFrame) -> None:
     table["setting"] = np.where(table["seed"] == 2, "16x16 px, 8x8 patches", "8x8 px, 4x4 patches")
-    with pytest.raises(ValueError, match="in one setting, got 8x8 px, 4x4 patches and 16x16 px, 8x8 patches in p"):
+    with pytest.raises(ValueError, match="for all seeds of scratch, got 8x8 px, 4x4 patches and 16x16 px"):
         comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
 
 
