@@ -1,9 +1,44 @@
-"""Parts of a model: its transformer blocks, its tokens, the sites of its residual stream."""
+"""Parts of a model: its transformer blocks and stages, its tokens, the sites of its residual stream."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+
+ATTENTION_NAMES = ("attn", "self_attention", "attention", "self_attn")
+"What the attention of a block is called: timm; torchvision; Hugging Face; torch."
+
+MLP_NAMES = ("mlp", "ffn", "feed_forward")
+
+SECOND_NORM_NAMES = ("norm2", "ln_2", "layernorm_after")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block of a model."""
+
+    index: int
+    "0 next to the input."
+    name: str
+    "Of the module within the model, such as ``layers.1.blocks.0``."
+    module: nn.Module
+    stage: int
+    "0 next to the input; blocks of one stage lie in one container and share their grid."
+
+    @property
+    def attention(self) -> nn.Module | None:
+        """The module that attends, where it bears a usual name."""
+        return _child(self.module, ATTENTION_NAMES)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether patches attend here; in class attention (Touvron et al., 2021, CaiT) the class token alone does."""
+        return "ClassAtt" not in type(self.attention).__name__
+
+    @property
+    def pools(self) -> bool:
+        """Whether the block itself goes to a coarser grid, as those of Fan et al. (2021, MViT) do."""
+        return getattr(self.attention, "pool_q", None) is not None
 
 
 @dataclass(frozen=True)
@@ -11,65 +46,175 @@ class Site:
     """A place in the residual stream."""
 
     index: int
-    "0 for ``embed``, then two per block."
+    "0 for ``embed``, then in the order of the forward pass."
     block: int
-    "Transformer block, 0 next to the input; -1 for ``embed``."
-    name: Literal["embed", "attention", "mlp"]
-    "Before the first block, after the attention of a block, after its MLP."
+    "Transformer block, 0 next to the input; -1 for ``embed``, and the block that follows for ``merge``."
+    name: Literal["embed", "merge", "attention", "mlp"]
+    "Before the first block, before the first block of a later stage, after the attention of a block, after its MLP."
+    stage: int = 0
+    "0 next to the input."
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of a model, first to last.
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Transformer blocks of a model, first to last: modules with an attention and an MLP of usual names.
 
     Args:
-        model: Has its blocks in ``model.blocks``, as timm's Vision Transformers have.
+        model: Of timm, torchvision or ours; or one that has its blocks in ``model.blocks``, whatever they hold.
 
     Returns:
-        At least one module.
+        At least one.
 
     Raises:
         ValueError: If there are none.
     """
-    found = getattr(model, "blocks", None)
-    if not isinstance(found, nn.Sequential | nn.ModuleList) or len(found) == 0:
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        is_block = _child(module, ATTENTION_NAMES) is not None and _child(module, MLP_NAMES) is not None
+        if is_block and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    listed = getattr(model, "blocks", None)
+    if not found and isinstance(listed, nn.Sequential | nn.ModuleList):
+        found = {f"blocks.{name}": module for name, module in listed.named_children()}
+    if not found:
         raise ValueError(
-            f"The model must hold its transformer blocks in 'blocks', got a {type(model).__name__} without. "
+            f"The model must have transformer blocks: modules with attention ({', '.join(ATTENTION_NAMES)}) and MLP "
+            f"({', '.join(MLP_NAMES)}), or a list in 'blocks'; got a {type(model).__name__} without. "
             "Probe a Vision Transformer."
         )
-    return list(found)
+    stages = list(dict.fromkeys(name.rpartition(".")[0] for name in found))
+    return [
+        Block(index, name, module, stages.index(name.rpartition(".")[0]))
+        for index, (name, module) in enumerate(found.items())
+    ]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules of the transformer blocks, first to last.
+
+    Args:
+        model: As for `find_blocks`.
+
+    Returns:
+        At least one; a model without is a ValueError.
+    """
+    return [block.module for block in find_blocks(model)]
+
+
+def blocks_with(model: nn.Module, queries: str) -> tuple[int, ...]:
+    """Blocks that have queries of a kind.
+
+    Args:
+        model: As for `find_blocks`.
+        queries: ``patch``, ``cls`` or ``all``.
+
+    Returns:
+        Numbers of blocks.
+
+    Raises:
+        ValueError: If no block has such queries.
+    """
+    found = find_blocks(model)
+    by_class_attention = any(not block.has_patches for block in found)
+    if queries == "cls" and by_class_attention:
+        return tuple(block.index for block in found if not block.has_patches)
+    if queries == "cls" and not has_class_token(model):
+        raise ValueError(
+            f"queries 'cls' needs a model with a class token, got a {type(model).__name__} without. "
+            "Use queries 'patch' or 'all'."
+        )
+    return tuple(block.index for block in found if block.has_patches or queries == "all")
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether a class token runs through the blocks or is made at the end.
+
+    Args:
+        model: Of timm or torchvision, or ours.
+
+    Returns:
+        True if so.
+    """
+    return any(getattr(model, name, None) is not None for name in ("cls_token", "class_token"))
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """Number of tokens in front of the patch tokens: class, distillation and register tokens.
+    """Number of tokens in front of the patch tokens in the blocks: class, distillation and register tokens.
 
     Args:
-        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do.
+        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do, or has or lacks a class token as
+            torchvision's and as hierarchical models.
 
     Returns:
-        0 or more.
+        0 or more; 0 where the class token joins in class attention alone.
 
     Raises:
         ValueError: If the model does not say.
     """
     count = getattr(model, "num_prefix_tokens", None)
     if not isinstance(count, int):
-        raise ValueError(
-            f"The model must say in 'num_prefix_tokens' how many tokens precede the patches, got a "
-            f"{type(model).__name__} with {count!r}. Set it on the model."
-        )
+        names = {name for name in ("cls_token", "class_token") if hasattr(model, name)}
+        if not names and not _is_hierarchical(model):
+            raise ValueError(
+                f"The model must say in 'num_prefix_tokens' how many tokens precede the patches, got a "
+                f"{type(model).__name__} with {count!r}. Set it on the model."
+            )
+        count = int(has_class_token(model))
+    if count and _has_blocks(model) and any(not block.has_patches for block in find_blocks(model)):
+        return 0
     return count
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """All sites of the residual stream, in the order of the forward pass.
+    """All sites of the residual stream of the patches, in the order of the forward pass.
 
     Args:
-        model: Has its blocks in ``model.blocks``.
+        model: As for `find_blocks`.
 
     Returns:
-        1 + 2 × number of blocks.
+        ``embed``, two per block whose patches attend, and a ``merge`` before each later stage unless its first block
+        goes to the coarser grid itself.
     """
-    result = [Site(0, -1, "embed")]
-    for block in range(len(blocks(model))):
-        result += [Site(2 * block + 1, block, "attention"), Site(2 * block + 2, block, "mlp")]
-    return result
+    found = [Site(0, -1, "embed")]
+    stage = 0
+    for block in find_blocks(model):
+        if not block.has_patches:
+            continue
+        if block.stage != stage and not block.pools:
+            found.append(Site(len(found), block.index, "merge", block.stage))
+        stage = block.stage
+        found.append(Site(len(found), block.index, "attention", stage))
+        found.append(Site(len(found), block.index, "mlp", stage))
+    return found
+
+
+def places_after_attention(block: nn.Module) -> list[nn.Module]:
+    """Modules of a block of which the first to run gets the residual stream after the attention.
+
+    Args:
+        block: A transformer block.
+
+    Returns:
+        Its second norm and its MLP; fewer than two where these are not there.
+    """
+    names = (SECOND_NORM_NAMES, MLP_NAMES)
+    return [place for place in (_child(block, usual) for usual in names) if place is not None]
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    children = dict(module.named_children())
+    return next((children[name] for name in names if name in children), None)
+
+
+def _has_blocks(model: nn.Module) -> bool:
+    try:
+        return bool(find_blocks(model))
+    except ValueError:
+        return False
+
+
+def _is_hierarchical(model: nn.Module) -> bool:
+    """Whether the model has windows or several stages, in which no token precedes the patches."""
+    if not _has_blocks(model):
+        return False
+    found = find_blocks(model)
+    return found[-1].stage > 0 or hasattr(found[0].module, "window_size")

@@ -9,14 +9,26 @@ hands every block's attention to ``reduce``, one at a time, whichever kernel com
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ssat_probe.anatomy import Site, blocks, num_prefix_tokens, sites
+from ssat_probe import geometry
+from ssat_probe.anatomy import (
+    Block,
+    Site,
+    blocks,
+    blocks_with,
+    find_blocks,
+    num_prefix_tokens,
+    places_after_attention,
+    sites,
+)
+from ssat_probe.placement import Place, Tracker, output_grid
 from ssat_probe.watch import Attention, AttentionWatch
 
-__all__ = ["Attention", "Site", "attention", "blocks", "features", "num_prefix_tokens", "sites"]
+__all__ = ["Attention", "Site", "attention", "blocks", "blocks_with", "features", "num_prefix_tokens", "sites"]
 
 
 @contextmanager
@@ -52,15 +64,15 @@ def attention(
     """
     if model.training:
         raise ValueError("Attention must be captured in eval mode, got a model in training mode. Call model.eval().")
-    modules = blocks(model)
-    expected = tuple(only) or tuple(range(len(modules)))
-    known = {module: name for name, module in model.named_modules()}
-    names = {known[modules[block]]: block for block in expected}
+    found = find_blocks(model)
+    expected = tuple(only) or tuple(range(len(found)))
+    names = {found[block].name: block for block in expected}
     errors: dict[int, float] = {}
     with ExitStack() as stack:
         mode = AttentionWatch(reduce, names, errors, is_checked, most_weights)
         for name, module in model.named_modules():
             _follow(stack, module, name, mode.callers)
+        _track(stack, model, found, mode.places.__setitem__)
         stack.enter_context(mode)
         yield errors
     for name, block in names.items():
@@ -72,19 +84,22 @@ def attention(
 
 
 @contextmanager
-def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_prefix: bool = False) -> Iterator[None]:
+def features(
+    model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_prefix: bool = False
+) -> Iterator[dict[Site, tuple[int, int]]]:
     """Hand the patch tokens of the residual stream at every site to ``reduce`` while the model runs once.
 
-    The stream after a block's attention is the input of its ``norm2`` or of its ``mlp``, whichever runs first: the
+    The stream after a block's attention is the input of its second norm or of its MLP, whichever runs first: the
     former where norms stand before, the latter where they stand after. Hooks are gone when the context ends.
 
     Args:
         model: In eval mode.
-        reduce: Gets a site and its patch tokens (batch, token, dim), in the order of the forward pass.
+        reduce: Gets a site and its patch tokens (batch, token, dim), in the order of the forward pass; maps of
+            (batch, row, column, dim) are flattened.
         with_prefix: Class and register tokens too, in front of the patch tokens.
 
     Yields:
-        Nothing.
+        Rows and columns of the patches by site, filled while the model runs; without sites whose grid nobody knows.
 
     Raises:
         ValueError: If the model is in training mode; if a block has no state between attention and MLP; if a site was
@@ -92,14 +107,18 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_p
     """
     if model.training:
         raise ValueError("Features must be captured in eval mode, got a model in training mode. Call model.eval().")
-    first = 0 if with_prefix else num_prefix_tokens(model)
+    found = [block for block in find_blocks(model) if block.has_patches]
+    by_place: dict[tuple[int, str], Site] = {(site.block, site.name): site for site in sites(model)}
+    grids: dict[Site, tuple[int, int]] = {}
     counts: Counter[Site] = Counter()
+    first = 0 if with_prefix else num_prefix_tokens(model)
 
     def take(site: Site, tokens: Any) -> None:
         if site.name == "attention" and counts[site]:
-            return  # the later of norm2 and mlp
+            return  # the later of second norm and MLP
         counts[site] += 1
-        tokens = (tokens[0] if isinstance(tokens, tuple) else tokens)[:, first:]
+        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        tokens = (tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)[:, first:]
         if not tokens.isfinite().all():
             raise ValueError(
                 f"Features at site {site.name!r} of block {site.block} must be finite, got NaN or infinity. "
@@ -107,22 +126,31 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_p
             )
         reduce(site, tokens)
 
+    def note(block: int, place: Place | str) -> None:
+        if isinstance(place, Place):
+            known = {(-1, "embed"): place.grid, (block, "merge"): place.grid}
+            known |= {(block, name): output_grid(place) for name in ("attention", "mlp")}
+            for at in known.keys() & by_place.keys():
+                grids.setdefault(by_place[at], known[at])
+
     with ExitStack() as stack:
-        embed, *after = sites(model)
-        for index, block in enumerate(blocks(model)):
-            places = [getattr(block, name) for name in ("norm2", "mlp") if hasattr(block, name)]
-            if len(places) < 2:
+        _track(stack, model, found, note)
+        _before(stack, found[0].module, by_place[-1, "embed"], take)
+        for block in found:
+            after = places_after_attention(block.module)
+            if len(after) < 2:
                 raise ValueError(
-                    f"blocks.{index} must have 'norm2' and 'mlp' after its attention, got a {type(block).__name__} "
-                    "without. Blocks that run attention and MLP side by side have no state in between."
+                    f"{block.name} must have 'norm2' and 'mlp' after its attention, got a "
+                    f"{type(block.module).__name__} without. Blocks that run attention and MLP side by side have no "
+                    "state in between."
                 )
-            if index == 0:
-                _before(stack, block, embed, take)
-            for place in places:
-                _before(stack, place, after[2 * index], take)
-            _after(stack, block, after[2 * index + 1], take)
-        yield
-    for site in sites(model):
+            if (block.index, "merge") in by_place:
+                _before(stack, block.module, by_place[block.index, "merge"], take)
+            for module in after:
+                _before(stack, module, by_place[block.index, "attention"], take)
+            _after(stack, block.module, by_place[block.index, "mlp"], take)
+        yield grids
+    for site in by_place.values():
         if counts[site] != 1:
             raise ValueError(
                 f"Site {site.name!r} of block {site.block} must be passed exactly once per forward pass, got "
@@ -130,16 +158,33 @@ def features(model: nn.Module, reduce: Callable[[Site, Tensor], None], *, with_p
             )
 
 
+def _track(
+    stack: ExitStack, model: nn.Module, found: Sequence[Block], note: Callable[[int, Place | str], None]
+) -> None:
+    """Say of each block, just before it runs, where it stands, or why nobody knows."""
+    tracker = Tracker(partial(geometry.grid, model), partial(num_prefix_tokens, model))
+    stack.callback(model.register_forward_pre_hook(lambda _, args: tracker.see_images(args)).remove)
+    for block in found:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], block: Block = block) -> None:
+            try:
+                note(block.index, tracker.see_block(block.name, block.module, block.attention, args))
+            except ValueError as error:
+                note(block.index, str(error))
+
+        stack.callback(block.module.register_forward_pre_hook(hook).remove)
+
+
 def _follow(stack: ExitStack, module: nn.Module, name: str, callers: list[str]) -> None:
     """Keep the name of the running module on top of ``callers``."""
-    before = module.register_forward_pre_hook(lambda *_: callers.append(name))
-    stack.callback(before.remove)
+    stack.callback(module.register_forward_pre_hook(lambda *_: callers.append(name)).remove)
 
     def leave(*_: Any) -> None:
-        callers.pop()
+        # Also called where another pre-hook failed before ours: then the module never got onto the stack.
+        if name in callers:
+            del callers[len(callers) - 1 - callers[::-1].index(name) :]
 
-    after = module.register_forward_hook(leave, always_call=True)
-    stack.callback(after.remove)
+    stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
 
 def _before(stack: ExitStack, module: nn.Module, site: Site, take: Callable[[Site, Any], None]) -> None:

@@ -1,20 +1,126 @@
-"""Where the patches of a model lie in its images."""
+"""Where the patches of a model lie in its images, and what of an attention operation concerns them."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssat_probe.placement import PADDING, PATCH, PREFIX, Layout, lay_out
+from ssat_probe.watch import Attention
 
-def grid(model: nn.Module) -> tuple[int, int]:
+Queries = Literal["patch", "cls", "prefix", "all"]
+Keys = Literal["patch", "all"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of attention, those of one image together whatever windows they were computed in."""
+
+    block: int
+    "Transformer block, 0 next to the input."
+    rows: Tensor
+    "(batch, head, query, key): as in `Attention`; keys that do not count are -inf, or weights of 0."
+    has_scores: bool
+    "True for scores before softmax, False for weights after it."
+    is_valid: Tensor | None
+    "True for keys that count for a query, broadcasts against (batch, head, query, key); None means all."
+    num_prefix: int
+    "Keys that are no patches, in front of those that are."
+    regions: Tensor
+    "(query,): queries of one region share their keys; 0 for all where there are no windows."
+    query_places: Tensor
+    "(query, 2): centres in pixels, NaN for tokens that are no patches; float64."
+    key_places: Tensor
+    "(#query, key, 2)."
+
+    @property
+    def distances(self) -> Float[Tensor, "query key"]:
+        """Distances between the centres of queries and keys in pixels, float64; NaN where one is no patch."""
+        return (self.query_places[:, None] - self.key_places).norm(dim=-1).expand(self.rows.shape[2:])
+
+
+def arranged(seen: Attention, queries: Queries = "patch", keys: Keys = "patch") -> Rows:
+    """Rows of some kinds of tokens, with the masks and places that the windows of the model imply.
+
+    Args:
+        seen: An operation or a chunk of its queries.
+        queries: Patches; the class token; all tokens in front of the patches; or all tokens. Padding never.
+        keys: Patches, or all tokens. Padding never counts as a key, nor does another region of a shifted window.
+
+    Returns:
+        The rows; perhaps none of this chunk.
+
+    Raises:
+        ValueError: If nobody knows where the tokens lie.
+    """
+    if isinstance(seen.place, str):
+        raise ValueError(seen.place)
+    layout = lay_out(seen.place, len(seen.rows), seen.num_queries, seen.rows.shape[3])
+    num_windows, chunk = len(layout.query_kinds), slice(seen.first_query, seen.first_query + seen.rows.shape[2])
+    wanted = _wanted(layout.query_kinds, queries)[:, chunk].flatten()
+    num_prefix = int((layout.key_kinds[0] == PREFIX).sum())
+    first_key = num_prefix if keys == "patch" else 0
+    counts = _counts(layout, chunk)[wanted][:, first_key:].to(seen.rows.device)
+    rows = _by_image(seen.rows, num_windows)[:, :, wanted, first_key:]
+    is_valid = None if counts.all() else counts[None, None]
+    if seen.is_valid is not None:
+        whole = seen.is_valid.expand(*seen.is_valid.shape[:2], *seen.rows.shape[2:])
+        inner = _by_image(whole, num_windows)[:, :, wanted, first_key:]
+        is_valid = inner if is_valid is None else inner & is_valid
+    if is_valid is not None:
+        rows = rows.masked_fill(~is_valid, -torch.inf if seen.has_scores else 0)
+    key_places = layout.key_places[:, None, first_key:]
+    if num_windows > 1:
+        key_places = key_places.expand(-1, seen.rows.shape[2], -1, -1).flatten(0, 1)[wanted]
+    return Rows(
+        seen.block, rows, seen.has_scores, is_valid, num_prefix - first_key,
+        layout.query_regions[:, chunk].flatten()[wanted].to(rows.device),
+        layout.query_places[:, chunk].flatten(0, 1)[wanted].to(rows.device),
+        (key_places if num_windows > 1 else key_places[0]).to(rows.device),
+    )  # fmt: skip
+
+
+def _wanted(kinds: Tensor, queries: Queries) -> Tensor:
+    """(window, query): which queries are of a kind."""
+    if queries == "cls":
+        return (kinds == PREFIX) & (torch.arange(kinds.shape[1]) == 0)
+    return kinds != PADDING if queries == "all" else kinds == (PATCH if queries == "patch" else PREFIX)
+
+
+def _counts(layout: Layout, chunk: slice) -> Tensor:
+    """(window * query, key): whether a key counts for a query."""
+    same = layout.query_regions[:, chunk, None] == layout.key_regions[:, None]
+    return (same & (layout.key_kinds != PADDING)[:, None]).flatten(0, 1)
+
+
+def _by_image(rows: Tensor, num_windows: int) -> Tensor:
+    """(image * window, head, query, key) to (image, head, window * query, key)."""
+    if num_windows == 1:
+        return rows
+    rows = rows if len(rows) > 1 else rows.expand(num_windows, -1, -1, -1)
+    return rows.unflatten(0, (-1, num_windows)).transpose(1, 2).flatten(2, 3)
+
+
+def grid(model: nn.Module, img_size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Rows and columns of patches.
 
     Args:
-        model: Says so in ``grid`` or, as timm's Vision Transformers do, in ``patch_embed.grid_size``.
+        model: Says so in ``grid`` or ``patch_embed``, as timm's models do, or in ``image_size`` and ``patch_size``, as
+            torchvision's do.
+        img_size: Height and width of the images shown, where they may differ from those that the model was made for.
 
     Returns:
         Whole numbers; a model that does not say is a ValueError.
     """
-    found = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    embed = getattr(model, "patch_embed", None)
+    if img_size is not None and getattr(model, "grid", None) is None and hasattr(embed, "dynamic_feat_size"):
+        return _pair(embed.dynamic_feat_size(img_size), model, "its grid of patches")  # type: ignore[union-attr]
+    found = getattr(model, "grid", None) or getattr(embed, "grid_size", None)
+    side, patch = getattr(model, "image_size", None), getattr(model, "patch_size", None)
+    if found is None and isinstance(side, int) and isinstance(patch, int):
+        found = (side // patch, side // patch)
     return _pair(found, model, "its grid of patches in 'grid' or 'patch_embed.grid_size'")
 
 

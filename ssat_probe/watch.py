@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ssat_probe.placement import Place
+
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
 _MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
@@ -32,6 +34,10 @@ class Attention:
     "True for keys that a query may attend to, broadcasts against (batch, head, query, key); None means all."
     first_query: int = 0
     "Position of the first query among those of the operation, where it is handed over in chunks of queries."
+    num_queries: int = 0
+    "Queries of the whole operation."
+    place: Place | str = "the block was not seen"
+    "Where the block stands, or the sentence that says why nobody knows."
 
     def part(self, queries: slice, keys: slice) -> "Attention":
         """What this chunk holds of some queries and keys.
@@ -75,6 +81,7 @@ class AttentionWatch(TorchFunctionMode):
         super().__init__()
         self.callers: list[str] = []
         self.counts: Counter[int] = Counter()
+        self.places: dict[int, Place | str] = {}
         self._reduce = reduce
         self._names = names
         self._errors = errors
@@ -110,6 +117,7 @@ class AttentionWatch(TorchFunctionMode):
         """A whole operation, in chunks."""
         self.counts[seen.block] += 1
         self._errors.setdefault(seen.block, math.nan)
+        seen = replace(seen, num_queries=seen.rows.shape[2])
         for queries in self._chunks(seen.rows.shape):
             self._reduce_finite(seen.part(queries, slice(None)))
 
@@ -118,7 +126,7 @@ class AttentionWatch(TorchFunctionMode):
             raise ValueError(
                 f"{seen.name}: scores of attention must be finite, got NaN or infinity. Check the weights."
             )
-        self._reduce(seen)
+        self._reduce(replace(seen, place=self.places.get(seen.block, seen.place)))
 
     def _chunks(self, shape: Sequence[int]) -> Iterator[slice]:
         """Queries to hand over at a time, of an operation on (batch, head, query, key)."""
@@ -159,7 +167,7 @@ class AttentionWatch(TorchFunctionMode):
                 scores = scores if mask.dtype == torch.bool else scores + mask
             if is_valid is not None:
                 scores = scores.masked_fill(~is_valid, -torch.inf)
-            seen = Attention(block, self.callers[-1], scores, True, is_valid, queries.start)
+            seen = Attention(block, self.callers[-1], scores, True, is_valid, queries.start, query.shape[2])
             if self._is_checked:
                 self._check(seen, value, result[:, :, queries])
             self._errors.setdefault(block, math.nan)

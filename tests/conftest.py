@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ssat_probe.images import Facts
 from ssat_probe.network import resolve
@@ -96,3 +97,74 @@ def make_recipe(make_facts: Callable[..., Facts]) -> Callable[..., tuple[Recipe,
         return resolve(Recipe(**fields), facts), facts
 
     return made
+
+
+def _families() -> dict[str, Callable[[], nn.Module]]:
+    """Tiny models of every family whose attention is captured."""
+    from timm.models.cait import Cait
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision.models import VisionTransformer as Torchvision
+
+    plain: dict[str, object] = {"img_size": (32, 48), "patch_size": 8, "in_chans": 3, "num_classes": 3}
+    vit = plain | {"embed_dim": 8, "depth": 3, "num_heads": 2}
+    stages = plain | {"patch_size": 4, "embed_dim": 6, "depths": (2, 2), "num_heads": (2, 3)}
+    pvt = {"num_classes": 3, "depths": (1, 2), "embed_dims": (8, 12), "num_heads": (1, 2), "mlp_ratios": (2, 2)}
+
+    def mvit(**options: object) -> nn.Module:
+        has_class = bool(options["use_cls_token"])
+        config = MultiScaleVitCfg(
+            depths=(1, 2), embed_dim=(8, 16), num_heads=(1, 2), stride_q=((1, 1), (2, 2)), **options
+        )
+        pool = "token" if has_class else "avg"
+        return MultiScaleVit(config, img_size=(32, 32), in_chans=3, num_classes=3, global_pool=pool)
+
+    return {
+        "vit": lambda: VisionTransformer(**vit),
+        "deit distilled": lambda: VisionTransformerDistilled(**vit),
+        "registers": lambda: VisionTransformer(**vit, reg_tokens=4),
+        "gap": lambda: VisionTransformer(**vit, class_token=False, global_pool="avg"),
+        "swin": lambda: SwinTransformer(**stages, window_size=2),
+        "swin padded": lambda: SwinTransformer(**stages, window_size=(3, 5)),
+        "swinv2": lambda: SwinTransformerV2(**stages, window_size=(4, 4)),
+        "cait": lambda: Cait(**vit, depth_token_only=2),
+        "pvt": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1)),
+        "pvt linear": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1), linear=True),
+        "mvit": lambda: mvit(use_cls_token=False, use_abs_pos=False),
+        "mvit class token": lambda: mvit(use_cls_token=True, use_abs_pos=True),
+        "torchvision": lambda: Torchvision(
+            image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3
+        ),
+    }
+
+
+FAMILIES = (
+    "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "swinv2", "cait", "pvt", "pvt linear", "mvit",
+    "mvit class token", "torchvision",
+)  # fmt: skip
+
+
+@pytest.fixture
+def make_family() -> Callable[[str], tuple[nn.Module, Tensor]]:
+    """A tiny model of a family in eval mode, whose attention is not uniform, and two images for it."""
+
+    def made(name: str) -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        model = _families()[name]().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        size = (32, 32) if name.startswith(("mvit", "torchvision")) else (32, 48)
+        return model, torch.randn(2, 3, *size)
+
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, make_family: Callable) -> tuple[str, nn.Module, Tensor]:
+    """Name, model and images of each family."""
+    return request.param, *make_family(request.param)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -472,3 +473,114 @@ def test_features_of_two_forward_passes_are_an_error():
         capture.features(model, lambda *_: None),
     ):
         model(images()), model(images())
+
+
+OPERATIONS = {
+    "vit": 3, "deit distilled": 3, "registers": 3, "gap": 3, "swin": 4, "swin padded": 4, "swinv2": 4, "cait": 5,
+    "pvt": 3, "pvt linear": 3, "mvit": 3, "mvit class token": 3, "torchvision": 3,
+}  # fmt: skip
+UNCHECKED = {"cait": {0, 1, 2}}  # talking heads mix the weights after softmax, so that no product with them is seen
+
+
+def counted(model: nn.Module, x: Tensor) -> int:
+    """Attention operations of a forward pass, counted by the products whose left side sums to 1: by another way."""
+    count = 0
+
+    class Counter(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal count
+            fused = (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward)
+            result = func(*args, **(kwargs or {}))
+            count += func in fused or (func in (Tensor.softmax, torch.softmax, nn.functional.softmax))
+            return result
+
+    with torch.no_grad(), Counter():
+        model(x)
+    return count
+
+
+def test_every_attention_operation_of_every_family_is_captured_once_and_checked(family: tuple[str, nn.Module, Tensor]):
+    name, model, x = family
+    with torch.no_grad():
+        expected = model(x)
+    seen, errors = captured(model, x)
+    assert len(seen) == OPERATIONS[name] == counted(model, x)
+    assert [one.block for one in seen] == list(range(len(seen))) == list(errors)
+    assert {block for block, error in errors.items() if math.isnan(error)} == UNCHECKED.get(name, set())
+    assert all(error < 1e-4 for error in errors.values() if not math.isnan(error))
+    assert hooks(model) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", [StopError, KeyboardInterrupt])
+def test_nothing_is_left_behind_in_any_family(family: tuple[str, nn.Module, Tensor], how: type[BaseException]):
+    _, model, x = family
+    model.eval()
+
+    def reduce(*_) -> None:
+        raise how
+
+    for context in (capture.attention, capture.features):
+        with pytest.raises(how), torch.no_grad(), context(model, reduce):
+            model(x)
+        assert hooks(model) == 0
+        assert len(torch.overrides._get_current_function_mode_stack()) == 0
+
+
+def test_the_residual_stream_of_every_family_has_the_patches_of_its_grid(family: tuple[str, nn.Module, Tensor]):
+    name, model, x = family
+    shapes: dict[capture.Site, tuple[int, ...]] = {}
+    with torch.no_grad(), capture.features(model, lambda s, t: shapes.update({s: tuple(t.shape)})) as grids:
+        model(x)
+    assert list(shapes) == capture.sites(model)
+    assert {site: grid[0] * grid[1] for site, grid in grids.items()} == {site: s[1] for site, s in shapes.items()}
+    stages = {site.stage for site in shapes}
+    assert stages == ({0, 1} if name.startswith(("swin", "pvt", "mvit")) else {0})
+    merges = [site.block for site in shapes if site.name == "merge"]
+    assert merges == ([2] if name.startswith("swin") else [1] if name.startswith("pvt") else [])
+
+
+def test_the_stream_of_swin_is_that_of_its_blocks(make_family):
+    model, x = make_family("swin padded")
+    seen: dict[tuple[str, int], Tensor] = {}
+    with torch.no_grad(), capture.features(model, lambda s, t: seen.update({(s.name, s.block): t})):
+        model(x)
+    with torch.no_grad():
+        stream = model.patch_embed(x)
+        torch.testing.assert_close(seen["embed", -1], stream.flatten(1, 2))
+        for stage, layer in enumerate(model.layers):
+            stream = layer.downsample(stream)
+            if stage:
+                torch.testing.assert_close(seen["merge", 2 * stage], stream.flatten(1, 2))
+            for inner, block in enumerate(layer.blocks):
+                middle = stream + block._attn(block.norm1(stream))
+                torch.testing.assert_close(seen["attention", 2 * stage + inner], middle.flatten(1, 2))
+                stream = middle + block.mlp(block.norm2(middle))
+                torch.testing.assert_close(seen["mlp", 2 * stage + inner], stream.flatten(1, 2))
+
+
+def test_a_hook_of_others_that_fails_does_not_confuse_who_is_running():
+    """A pre-hook that fails before ours leaves a module that never got onto the stack of callers."""
+    model, x = make(), images()
+    inner = nn.Linear(DIM, DIM)
+
+    def refuse(*_) -> None:
+        raise StopError
+
+    inner.register_forward_pre_hook(refuse)
+    plain = model.blocks[1].attn
+
+    class Tolerant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.attn = inner, plain
+
+        def forward(self, x: Tensor, **_) -> Tensor:
+            with contextlib.suppress(StopError):
+                return self.inner(x)
+            return self.attn(x)
+
+    model.blocks[1].attn = Tolerant()
+    seen, _ = captured(model.eval(), x)
+    assert [one.name for one in seen] == ["blocks.0.attn", "blocks.1.attn.attn", "blocks.2.attn"]

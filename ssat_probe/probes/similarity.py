@@ -184,7 +184,7 @@ class _Seen:
         self.images, self.num_tokens = subject.fingerprint, 0
         self.group = min(group, subject.num_images)
         self.num_used = subject.num_images // self.group * self.group
-        sites = [site for site in capture.sites(subject.model) if site.name != "attention"]
+        sites = [site for site in capture.sites(subject.model) if site.name in ("embed", "mlp")]
         self.blocks = [site.block for site in sites]
         self._mode = mode
         self._grams: dict[int, list[Tensor]] = {block: [] for block in self.blocks}
@@ -205,7 +205,7 @@ class _Seen:
         """Keep features until a group is full, then its Gram alone."""
         import torch
 
-        if site.name == "attention":
+        if site.name not in ("embed", "mlp"):
             return
         patches = tokens[:, self._prefix :]
         self.num_tokens = patches.shape[1]
@@ -233,7 +233,7 @@ class _Seen:
 def _prefix(model: "nn.Module", mode: str) -> int:
     from ssat_probe import capture
 
-    if mode == "cls" and getattr(model, "cls_token", None) is None:
+    if mode == "cls" and not capture.num_prefix_tokens(model):
         raise ValueError(
             f"Mode 'cls' needs a model with a class token, got a {type(model).__name__} without. Use 'gap'."
         )

@@ -81,7 +81,7 @@ class Probe:
         from ssat_probe import observation
 
         return observation.of_features(
-            subject, lambda tokens: _measured(tokens, self.standardize), lambda site: site.name != "attention"
+            subject, lambda tokens: _measured(tokens, self.standardize), lambda site: site.name in ("embed", "mlp")
         )
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":

@@ -1,0 +1,102 @@
+"""Places of tokens against what the models themselves do to a map of coordinates."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ssat_probe import capture
+from ssat_probe.placement import PADDING, PATCH, PREFIX, Layout, Place, lay_out, output_grid
+
+
+def layouts(model: nn.Module, x: Tensor) -> list[tuple[Place, Layout]]:
+    found: list[tuple[Place, Layout]] = []
+
+    def reduce(seen: capture.Attention) -> None:
+        assert isinstance(seen.place, Place)
+        found.append((seen.place, lay_out(seen.place, len(seen.rows), seen.num_queries, seen.rows.shape[3])))
+
+    with torch.no_grad(), capture.attention(model, reduce):
+        model(x)
+    return found
+
+
+class Recorder(nn.Module):
+    """Takes the place of the attention and remembers its windows."""
+
+    def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.windows, self.mask = windows, mask
+        return windows
+
+
+@pytest.mark.parametrize("name", ["swin", "swin padded", "swinv2"])
+def test_slots_of_windows_are_where_the_model_puts_a_map_of_coordinates(make_family: Callable, name: str):
+    model, x = make_family(name)
+    for place, layout in layouts(model, x):
+        rows, columns = place.grid
+        numbers = torch.arange(rows * columns).reshape(1, rows, columns, 1) + 1.0
+        block, recorder = place.module, Recorder()
+        block.attn = recorder
+        block._attn(numbers)
+        slots = recorder.windows[..., 0].long() - 1  # padding is 0 in the model, so -1 here
+        assert torch.equal(layout.query_kinds, torch.where(slots < 0, PADDING, PATCH))
+        here = slots >= 0
+        expected = torch.stack([slots // columns * place.stride[0], slots % columns * place.stride[1]], -1)
+        assert torch.equal(layout.query_places[here].long(), expected[here])
+        same = layout.query_regions[:, :, None] == layout.key_regions[:, None]
+        allowed = torch.ones_like(same) if recorder.mask is None else recorder.mask == 0
+        assert torch.equal(same, allowed)
+    assert any(one.query_regions.unique().numel() > len(one.query_regions) for _, one in layouts(*make_family(name)))
+
+
+@pytest.mark.parametrize("name", ["pvt", "pvt linear", "mvit", "mvit class token"])
+def test_centres_of_pooled_keys_are_those_of_a_pooled_map_of_coordinates(make_family: Callable, name: str):
+    model, x = make_family(name)
+    for place, layout in layouts(model, x):
+        axes = [torch.arange(n, dtype=torch.float64) for n in place.grid]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))[:, None]
+        for kinds, places, names in (
+            (layout.query_kinds, layout.query_places, ("pool_q",)),
+            (layout.key_kinds, layout.key_places, ("pool_k", "pool", "sr")),
+        ):
+            pooled = coordinates
+            for pool in (getattr(place.attention, one, None) for one in names):
+                if isinstance(pool, nn.Conv2d):
+                    # The mean of what a window sees, with the grid continued beyond its border.
+                    step, kernel, pad = pool.stride[0], pool.kernel_size[0], pool.padding[0]
+                    wide = torch.stack(torch.meshgrid(
+                        *(torch.arange(-pad, n + pad, dtype=torch.float64) for n in place.grid), indexing="ij"
+                    ))[:, None] if pad else pooled  # fmt: skip
+                    pooled = nn.functional.avg_pool2d(wide, kernel, step)
+                elif isinstance(pool, nn.AdaptiveAvgPool2d):
+                    pooled = pool(pooled)
+            expected = pooled[:, 0].flatten(1).T * torch.tensor(place.stride)
+            torch.testing.assert_close(places[0][kinds[0] == PATCH], expected)
+            assert int((kinds == PREFIX).sum()) == (name == "mvit class token")
+
+
+def test_strides_double_where_grids_halve(make_family: Callable):
+    for name, expected in {"swin": [4, 4, 8, 8], "pvt": [4, 8, 8], "mvit": [4, 4, 8], "vit": [8, 8, 8]}.items():
+        assert [place.stride for place, _ in layouts(*make_family(name))] == [(step, step) for step in expected]
+    first, *_ = layouts(*make_family("mvit"))
+    assert output_grid(first[0]) == first[0].grid
+    model, x = make_family("mvit")
+    assert [output_grid(place) for place, _ in layouts(model, x)] == [(8, 8), (4, 4), (4, 4)]
+
+
+def test_the_grid_follows_the_image_where_the_model_does():
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2, dynamic_img_size=True)
+    ((place, layout),) = layouts(model.eval(), torch.zeros(1, 3, 8, 20))
+    assert (place.grid, place.stride) == ((2, 5), (4, 4))
+    assert layout.key_kinds.tolist() == [[PREFIX] + [PATCH] * 10]
+
+
+def test_other_numbers_of_tokens_are_refused_with_what_they_were():
+    place = Place("a", nn.Identity(), None, 2, (3, 5), (4, 4), 1)
+    for shape in [(2, 7, 7), (6, 16, 16), (2, 16, 9), (2, 17, 17)]:
+        with pytest.raises(ValueError, match=rf"a must attend over the 3 x 5 patches .* got {shape[0]} x {shape[1]}"):
+            lay_out(place, *shape)
+    assert lay_out(place, 2, 16, 16).query_kinds.shape == (1, 16)
+    assert lay_out(place, 2, 1, 16).query_kinds.tolist() == [[PREFIX]]
