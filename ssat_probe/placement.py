@@ -91,14 +91,19 @@ def _window(block: nn.Module) -> tuple[tuple[int, int], tuple[int, int]] | None:
 
 
 def _windowed(place: Place, size: tuple[int, int], shift: tuple[int, int]) -> Layout:
-    """Windows of a map that is first shifted, then padded: kinds, places and regions of their slots."""
+    """Windows of a map that is shifted and padded: kinds, places and regions of their slots."""
     # Queries attend within the regions into which Liu et al. (2021, Swin), Fig. 4, cut a shifted map. To the model,
     # padded slots are keys as others, where no border of a region keeps them apart; to a measure they are none.
     rows, columns = place.grid
     padded = tuple(-(-length // step) * step for length, step in zip(place.grid, size, strict=True))
     numbers = torch.arange(rows * columns).reshape(rows, columns)
     slots = torch.full(padded, -1)
-    slots[:rows, :columns] = numbers.roll((-shift[0], -shift[1]), (0, 1))
+    back = (-shift[0], -shift[1])
+    if getattr(place.module, "pads_first", False):
+        slots[:rows, :columns] = numbers
+        slots = slots.roll(back, (0, 1))
+    else:
+        slots[:rows, :columns] = numbers.roll(back, (0, 1))
     regions = torch.zeros(padded, dtype=torch.long)
     if any(shift):
         bands = [_bands(length, step, move) for length, step, move in zip(padded, size, shift, strict=True)]

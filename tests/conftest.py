@@ -110,6 +110,8 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
     from timm.models.vision_transformer import VisionTransformer
     from torchvision.models import VisionTransformer as Torchvision
 
+    from ssat_probe.models.swin import Model as OurSwin
+
     plain: dict[str, object] = {"img_size": (32, 48), "patch_size": 8, "in_chans": 3, "num_classes": 3}
     vit = plain | {"embed_dim": 8, "depth": 3, "num_heads": 2}
     stages = plain | {"patch_size": 4, "embed_dim": 6, "depths": (2, 2), "num_heads": (2, 3)}
@@ -130,6 +132,16 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
         "gap": lambda: VisionTransformer(**vit, class_token=False, global_pool="avg"),
         "swin": lambda: SwinTransformer(**stages, window_size=2),
         "swin padded": lambda: SwinTransformer(**stages, window_size=(3, 5)),
+        "our swin": lambda: OurSwin(
+            img_size=(32, 48),
+            patch_size=(4, 4),
+            channels=3,
+            num_classes=3,
+            dim=6,
+            depths=(2, 2),
+            heads=(2, 3),
+            window=3,
+        ),
         "swinv2": lambda: SwinTransformerV2(**stages, window_size=(4, 4)),
         "cait": lambda: Cait(**vit, depth_token_only=2),
         "pvt": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1)),
@@ -143,8 +155,8 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
 
 
 FAMILIES = (
-    "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "swinv2", "cait", "pvt", "pvt linear", "mvit",
-    "mvit class token", "torchvision",
+    "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "our swin", "swinv2", "cait", "pvt",
+    "pvt linear", "mvit", "mvit class token", "torchvision",
 )  # fmt: skip
 
 

@@ -166,6 +166,9 @@ class Block(SwinTransformerBlock):
     windows divide the grid both are the same.
     """
 
+    pads_first = True
+    "For whoever asks which token is in which window."
+
     def get_attn_mask(
         self, x: Tensor | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Float[Tensor, "window query key"] | None:
