@@ -71,8 +71,8 @@ def timm_model(name: str, source: Source, num_classes: int | None, **more: Any) 
         ValueError: If timm has no such model, or it cannot be made in this size.
     """
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = _nearest(name)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
         raise ValueError(f"model must be one that timm {timm.__version__} knows, got {name!r}.{hint}")
     options: dict[str, Any] = dict(more)
     options |= {"img_size": tuple(source.img_size)} if source.img_size else {}
@@ -83,7 +83,28 @@ def timm_model(name: str, source: Source, num_classes: int | None, **more: Any) 
         return timm.create_model(name, **options)
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         said = str(error).strip().split("\n")[0]
+        if "img_size" in options and "unexpected keyword argument 'img_size'" in said:
+            return _of_any_size(name, options, error)
         raise ValueError(f"timm:{name} must be made with {options or 'no options'}, but timm says: {said}") from error
+
+
+def _of_any_size(name: str, options: dict[str, Any], error: Exception) -> nn.Module:
+    """A model that takes images of any size, such as PVT, which is told the size that it will be shown."""
+    size = options["img_size"]
+    model = timm.create_model(name, **{key: value for key, value in options.items() if key != "img_size"})
+    if not any("attn" in path for path, _ in model.named_modules()):
+        raise ValueError(f"timm:{name} must be made with {options}, but timm says: {error}") from error
+    model.img_size = size
+    return model
+
+
+def _nearest(name: str) -> str:
+    """The name of timm's that is most like another; for a part of a name the shortest that goes on from there."""
+    known = timm.list_models()
+    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+    begins = difflib.get_close_matches(name, sorted({one[: len(name)] for one in known}), n=1, cutoff=0.7)
+    longer = sorted((one for one in known if begins and one.startswith(begins[0])), key=len)
+    return (whole or longer or difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [""])[0]
 
 
 def num_classes_of(state: Mapping[str, Tensor]) -> int:

@@ -1,11 +1,11 @@
 """Assembly of a model from foreign weights: every tensor goes where its name says, and every one is accounted for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from ssat_probe.architecture import shape_of
@@ -16,6 +16,8 @@ from ssat_probe.source import Source
 
 DECODER_HEADS = 16
 "Of He et al. (2022) and Das et al. (2024); their files do not say it."
+
+_TABLE = "relative_position_bias_table"
 
 HEAD_NAMES = ("head.", "head_dist.", "fc.", "classifier.")
 "Not counted as encoder."
@@ -86,8 +88,7 @@ def _fitted(
             continue
         want = tuple(needed[name].shape)
         if tuple(value.shape) != want:
-            resample = {"pos_embed": _resampled_positions, "patch_embed.proj.weight": _resampled_patches}.get(name)
-            kept = slice(2) if name == "patch_embed.proj.weight" else slice(2, 3)
+            resample, kept = _resampling(name)
             if resample is None or value.ndim != len(want) or tuple(value.shape[kept]) != want[kept]:
                 continue
             if not source.resize:
@@ -96,7 +97,7 @@ def _fitted(
                     "--resize to resample it, or the size that it was trained with."
                 )
             resized[name] = f"{tuple(value.shape)} to {want}"
-            value = resample(model, value, want)
+            value = resample(model, name, value, want)
             if tuple(value.shape) != want:
                 resized.pop(name)
                 continue
@@ -104,7 +105,22 @@ def _fitted(
     return fitting, resized
 
 
-def _resampled_positions(model: nn.Module, value: Tensor, want: tuple[int, ...]) -> Tensor:
+def _resampling(name: str) -> tuple[Callable[[nn.Module, str, Tensor, tuple[int, ...]], Tensor] | None, slice]:
+    """How a tensor of another shape is resampled, and the axes that must agree all the same."""
+    if name.endswith(_TABLE):
+        return _resampled_table, slice(1, 2)
+    if name == "pos_embed":
+        return _resampled_positions, slice(2, 3)
+    return (_resampled_patches, slice(2)) if name == "patch_embed.proj.weight" else (None, slice(0))
+
+
+def _resampled_table(model: nn.Module, name: str, value: Tensor, want: tuple[int, ...]) -> Tensor:
+    """Relative positions of a window of another size."""
+    window: Any = model.get_submodule(name.removesuffix(f".{_TABLE}")).window_size
+    return resize_rel_pos_bias_table_simple(value.float(), window, want)
+
+
+def _resampled_positions(model: nn.Module, name: str, value: Tensor, want: tuple[int, ...]) -> Tensor:
     grid: Any = getattr(model, "grid", None) or model.patch_embed.grid_size  # type: ignore[union-attr]
     return resampled_positions(value, (int(grid[0]), int(grid[1])), want[1] - math.prod(grid))
 
@@ -126,7 +142,7 @@ def resampled_positions(value: Tensor, grid: tuple[int, int], num_prefix: int) -
     return resample_abs_pos_embed(value.float(), list(grid), [side, side], num_prefix_tokens=num_prefix)
 
 
-def _resampled_patches(model: nn.Module, value: Tensor, want: tuple[int, ...]) -> Tensor:
+def _resampled_patches(model: nn.Module, name: str, value: Tensor, want: tuple[int, ...]) -> Tensor:
     return resample_patch_embed(value.float(), list(want[2:]))
 
 

@@ -21,6 +21,7 @@ from ssat_probe.anatomy import (
     blocks,
     blocks_with,
     find_blocks,
+    has_class_token,
     num_prefix_tokens,
     places_after_attention,
     sites,
@@ -28,7 +29,17 @@ from ssat_probe.anatomy import (
 from ssat_probe.placement import Place, Tracker, output_grid
 from ssat_probe.watch import Attention, AttentionWatch
 
-__all__ = ["Attention", "Site", "attention", "blocks", "blocks_with", "features", "num_prefix_tokens", "sites"]
+__all__ = [
+    "Attention",
+    "Site",
+    "attention",
+    "blocks",
+    "blocks_with",
+    "features",
+    "has_class_token",
+    "num_prefix_tokens",
+    "sites",
+]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ssat_probe.checkpoint import DECODER_PREFIX, FORMAT, Checkpoint, checkpoint
 from ssat_probe.container import open_content, take_state
 from ssat_probe.data import open_dataset
 from ssat_probe.formats import Converted, detect
+from ssat_probe.hierarchy import MARK, inferred_swin
 from ssat_probe.images import Facts
 from ssat_probe.preparation import Preparation
 from ssat_probe.source import Source
@@ -134,7 +135,9 @@ def open_weights(
             "if it holds a model of timm's, name it with --model timm:NAME."
         )
     try:
-        return _of_file(path, source, state, layout or "timm", entry, data_dir if source.trained_on == data else None)
+        own_dir = data_dir if source.trained_on == data else None
+        found = _of_file(path, source, state, layout or "timm", entry, own_dir)
+        return dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, **_told(content, source)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -150,7 +153,7 @@ def _of_file(
 
     def make() -> nn.Module:
         if not name:
-            return inferred_model(converted, source)
+            return (inferred_swin if MARK in converted.encoder else inferred_model)(converted, source)
         is_pooled = "fc_norm.weight" in converted.encoder and "norm.weight" not in converted.encoder
         return timm_model(name, source, num_classes, **({"global_pool": "avg"} if is_pooled else {}))
 
@@ -164,7 +167,16 @@ def _of_file(
     report = dataclasses.replace(report, resized=report.resized | resized)
     config = resolve_model_data_config(model) if name else {"mean": converted.mean, "std": converted.std}
     label = f"{path.stem}-{entry}" if entry not in ("", "model", "state_dict") else path.stem
-    return _foreign(path, label, name or f"{layout} ViT", classes, model, make, decoder, report, config, source)
+    kind = "Swin" if MARK in converted.encoder else "ViT"
+    return _foreign(path, label, name or f"{layout} {kind}", classes, model, make, decoder, report, config, source)
+
+
+def _told(content: Any, source: Source) -> dict[str, Any]:
+    """What a file that holds its training's options says of its masked pass; the user's word goes first."""
+    options = vars(content["args"]) if isinstance(content, dict) and hasattr(content.get("args"), "__dict__") else {}
+    ratio, norm_pix = options.get("mask_ratio"), options.get("norm_pix_loss")
+    told: dict[str, Any] = {"norm_pix": source.norm_pix or norm_pix is True}
+    return told | ({"mask_ratio": float(ratio)} if isinstance(ratio, int | float) and 0 < ratio < 1 else {})
 
 
 def _of_timm(words: str, source: Source, data: str, data_dir: Path | None) -> Foreign:

@@ -31,6 +31,9 @@ class Source:
     std: tuple[float, ...] = ()
     "Standard deviation of each channel that foreign weights expect; empty means what the model's config says."
 
+    norm_pix: bool = False
+    "The decoder of foreign weights predicts patches normalised one by one, as in MAE's files that end in _full."
+
     resize: bool = False
     "Resample positions and patch embeddings of foreign weights that have another size than asked for."
 

@@ -69,6 +69,28 @@ def test_models_of_timm_by_name() -> None:
         timm_model("resnet18", Source(img_size=(32,)), None)
 
 
+def test_models_of_any_size_are_told_theirs() -> None:
+    model = timm_model("pvt_v2_b0", Source(img_size=(64, 96)), 5)
+    assert model.img_size == (64, 96)
+    assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("vit_tny", "vit_tiny_patch16_224"),
+        ("vit_tiny", "vit_tiny_patch16_224"),
+        ("swin_tny", "swin_tiny_patch4_window7_224"),
+        ("deit_smal", "deit_small_patch16_224"),
+        ("vit_base_patch16_223", "vit_base_patch16_224"),
+        ("mvitv2_tny", "mvitv2_tiny"),
+    ],
+)
+def test_a_part_of_a_name_or_a_slip_in_it_suggests_the_same_family(wrong: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"Did you mean '{hint}'"):
+        timm_model(wrong, Source(), None)
+
+
 def test_classes_of_the_head() -> None:
     assert num_classes_of({"head.weight": torch.zeros(7, 3)}) == 7
     assert num_classes_of({"head.fc.weight": torch.zeros(5, 3)}) == 5

@@ -56,4 +56,4 @@ def test_memory_is_that_of_the_results_alive_at_once() -> None:
 
 def test_what_cannot_be_probed_is_still_described() -> None:
     lines = describe("timm:resnet18", Sample())
-    assert any(line.startswith("  attention: The model must hold its transformer blocks") for line in lines)
+    assert any(line.startswith("  attention: The model must have transformer blocks") for line in lines)

@@ -19,7 +19,8 @@ def matches(names: Set[str]) -> bool:
         True for ``patch_embed.proj`` and ``blocks.0.attn.qkv`` at the top.
     """
     needed = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
-    return needed <= names and not any(name.startswith(_OWN) for name in names)
+    is_video = "blocks.0.attn.q_bias" in names and "cls_token" not in names
+    return needed <= names and not is_video and not any(name.startswith(_OWN) for name in names)
 
 
 def convert(state: Mapping[str, Tensor]) -> Converted:

@@ -233,7 +233,7 @@ class _Seen:
 def _prefix(model: "nn.Module", mode: str) -> int:
     from ssat_probe import capture
 
-    if mode == "cls" and not capture.num_prefix_tokens(model):
+    if mode == "cls" and not (capture.has_class_token(model) and capture.num_prefix_tokens(model)):
         raise ValueError(
             f"Mode 'cls' needs a model with a class token, got a {type(model).__name__} without. Use 'gap'."
         )

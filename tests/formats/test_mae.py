@@ -57,3 +57,14 @@ def test_a_decoder_that_does_not_fit_is_refused_or_dropped(autoencoder: Callable
     foreign = opened(state, allow_partial=True)
     assert foreign.decoder() is None
     assert foreign.report.dropped["decoder.norm.weight"] == "it does not fit this image or patch size"
+
+
+def test_whether_patches_are_normed_is_told_by_the_options_in_the_file_or_by_the_user(
+    autoencoder: Callable, opened: Open
+) -> None:
+    state = autoencoder(0).names()
+    told = opened({"model": state, "args": argparse.Namespace(norm_pix_loss=True, mask_ratio=0.5)})
+    assert (told.recipe.norm_pix, told.recipe.mask_ratio) == (True, 0.5)
+    silent = opened({"model": state})
+    assert (silent.recipe.norm_pix, silent.recipe.mask_ratio) == (False, 0.75)
+    assert opened({"model": state}, norm_pix=True).recipe.norm_pix
