@@ -50,7 +50,9 @@ def inferred_swin(converted: Converted, source: Source) -> nn.Module:
             "with --model timm:NAME."
         )
     model = SwinTransformer(
-        img_size=source.img_size, patch_size=tuple(patch), in_chans=channels, num_classes=num_classes_of(state),
+        img_size=(source.img_size[0], source.img_size[1]),
+        patch_size=(patch[0], patch[1]),  # type: ignore[arg-type]  # takes pairs
+        in_chans=channels, num_classes=num_classes_of(state),
         embed_dim=dim, depths=tuple(_depth(state, i) for i in stages), num_heads=tuple(size[1] for size in sizes),
         window_size=(side + 1) // 2, mlp_ratio=shape_of(state, "layers.0.blocks.0.mlp.fc1.weight", 2)[0] / dim,
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in state,

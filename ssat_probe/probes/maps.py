@@ -95,7 +95,7 @@ class Probe:
         heads = [head for head in table["head"].unique() if head >= 0][:_MOST_HEADS]
         kinds = [("rollout", -1), ("mean", -1), *(("head", head) for head in heads)]
         maps = table[table["kind"].isin(["rollout", "mean", "head"])]
-        norm = PowerNorm(0.5, 0, max(2.0, maps["value"].quantile(0.995)))
+        norm = PowerNorm(0.5, 0, max(2.0, float(maps["value"].quantile(0.995))))
         width = drawing.PAGE_WIDTH
         with drawing.style():
             side = width / (len(kinds) + 1.6)
@@ -132,7 +132,7 @@ class Probe:
             for image, maps in list(one.groupby("image", sort=False))[:3]:
                 row: dict[str, Any] = {"checkpoint": checkpoint, "image": image}
                 for kind in ("rollout", "mean"):
-                    top = maps.loc[maps.loc[maps["kind"] == kind, "value"].idxmax()]
+                    top = maps[maps["kind"] == kind].nlargest(1, "value").iloc[0]
                     row |= {f"{kind} peaks at": f"{top['row']}, {top['column']}", f"{kind} there": top["value"]}
                 rows.append(row)
         return DataFrame(rows)
