@@ -30,6 +30,12 @@ class Rows:
     "Keys that are no patches, in front of those that are."
     regions: Tensor
     "(query,): queries of one region share their keys; 0 for all where there are no windows."
+    num_regions: int
+    "Of the whole operation."
+    num_windows: int
+    "Of an image."
+    stride: tuple[int, int]
+    "Pixels between neighbouring patches."
     query_places: Tensor
     "(query, 2): centres in pixels, NaN for tokens that are no patches; float64."
     key_places: Tensor
@@ -39,6 +45,31 @@ class Rows:
     def distances(self) -> Float[Tensor, "query key"]:
         """Distances between the centres of queries and keys in pixels, float64; NaN where one is no patch."""
         return (self.query_places[:, None] - self.key_places).norm(dim=-1).expand(self.rows.shape[2:])
+
+    def distances_with(self, patch: int) -> Float[Tensor, "query key"]:
+        """Distances as if patches were of another size.
+
+        Args:
+            patch: Height and width in pixels.
+
+        Returns:
+            As ``distances``.
+        """
+        scale = patch / torch.tensor(self.stride, dtype=torch.float64, device=self.rows.device)
+        steps = (self.query_places[:, None] - self.key_places) * scale
+        return steps.norm(dim=-1).expand(self.rows.shape[2:])
+
+    def by_region(self, values: Float[Tensor, "batch head query value"]) -> Float[Tensor, "batch head region value"]:
+        """Sums over the queries of each region.
+
+        Args:
+            values: Of each query.
+
+        Returns:
+            For all regions of the operation, 0 for those without a query among these.
+        """
+        sums = values.new_zeros(*values.shape[:2], self.num_regions, values.shape[3])
+        return sums.index_add_(2, self.regions, values)
 
 
 def arranged(seen: Attention, queries: Queries = "patch", keys: Keys = "patch") -> Rows:
@@ -76,7 +107,8 @@ def arranged(seen: Attention, queries: Queries = "patch", keys: Keys = "patch") 
         key_places = key_places.expand(-1, seen.rows.shape[2], -1, -1).flatten(0, 1)[wanted]
     return Rows(
         seen.block, rows, seen.has_scores, is_valid, num_prefix - first_key,
-        layout.query_regions[:, chunk].flatten()[wanted].to(rows.device),
+        layout.query_regions[:, chunk].flatten()[wanted].to(rows.device), int(layout.query_regions.max()) + 1,
+        num_windows, seen.place.stride,
         layout.query_places[:, chunk].flatten(0, 1)[wanted].to(rows.device),
         (key_places if num_windows > 1 else key_places[0]).to(rows.device),
     )  # fmt: skip

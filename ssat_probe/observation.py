@@ -34,8 +34,8 @@ class Observation:
     setting: str
     "Size, preparation and grid under which they were seen."
     num_images: int = 0
-    grid: tuple[int, int] = (0, 0)
-    "Rows and columns of patches, where a measure needs them."
+    grids: dict[capture.Site, tuple[int, int]] = field(default_factory=dict)
+    "Rows and columns of patches by site."
     errors: dict[int, float] = field(default_factory=dict)
     "Self-check of the capture by block, from the first batch."
 
@@ -114,6 +114,8 @@ def of_features(
     subject: Subject,
     measure: Callable[[Tensor], Values],
     is_wanted: Callable[[capture.Site], bool] = lambda site: True,
+    *,
+    as_maps: bool = False,
 ) -> Observation:
     """Measure the patch tokens of the residual stream at every site.
 
@@ -121,18 +123,26 @@ def of_features(
         subject: Its model is in eval mode.
         measure: Value per image and name, from the patch tokens of a batch.
         is_wanted: Which sites to look at.
+        as_maps: Give ``measure`` maps (image, row, column, dim) instead of tokens.
 
     Returns:
         By site.
+
+    Maps of a model whose grid nobody knows are a ValueError.
     """
     seen = _nothing(subject, [site for site in capture.sites(subject.model) if is_wanted(site)])
     for batch in subject.batches():
 
         def reduce(site: capture.Site, tokens: Tensor, ids: Tensor = batch.ids) -> None:
             if site in seen.statistics:
-                seen.statistics[site].add(ids, measure(tokens))
+                if as_maps and site not in seen.grids:
+                    raise ValueError(
+                        f"The model must say the grid of its patches, got a {type(subject.model).__name__} that does "
+                        "not. Set 'grid' on it."
+                    )
+                seen.statistics[site].add(ids, measure(tokens.unflatten(1, seen.grids[site]) if as_maps else tokens))
 
-        with torch.no_grad(), capture.features(subject.model, reduce):
+        with torch.no_grad(), capture.features(subject.model, reduce) as seen.grids:
             subject.model(batch.images)
         seen.num_images += len(batch.images)
     return seen

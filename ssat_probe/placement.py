@@ -109,7 +109,7 @@ def _windowed(place: Place, size: tuple[int, int], shift: tuple[int, int]) -> La
         bands = [_bands(length, step, move) for length, step, move in zip(padded, size, shift, strict=True)]
         regions = bands[0][:, None] * 3 + bands[1][None]
     slots, regions = (_partition(one, size) for one in (slots, regions))
-    regions = regions + 9 * torch.arange(len(regions))[:, None]
+    regions = (regions + 9 * torch.arange(len(regions))[:, None]).unique(return_inverse=True)[1]
     kinds = torch.where(slots < 0, PADDING, PATCH)
     places = torch.stack([slots // columns, slots % columns], -1).double() * torch.tensor(place.stride)
     return Layout(kinds, kinds, places, places, regions, regions)

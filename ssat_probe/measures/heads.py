@@ -124,6 +124,38 @@ def information_from_means(
     return {"information": information, "key_entropy": key_entropy, "nmi": nmi}
 
 
+def information_of_regions(
+    row_sums: Float[Tensor, "batch head region key"],
+    entropy_sums: Float[Tensor, "batch head region"],
+    num_queries: Float[Tensor, " region"],
+) -> dict[str, Float[Tensor, "batch head"]]:
+    """As `mutual_information` in each region whose queries share their keys, such as a window; then the mean.
+
+    Args:
+        row_sums: Sum of the rows of attention over the queries of a region.
+        entropy_sums: Sum of their entropies, in nats.
+        num_queries: How many there are; regions without any are left out.
+
+    Returns:
+        As `mutual_information`, means over the regions weighted by their queries; of ``nmi`` over those with at least
+        two queries.
+    """
+    sums: dict[str, Tensor] = {}
+    total: dict[str, float] = {}
+    for region, count in enumerate(num_queries.long().tolist()):
+        if not count:
+            continue
+        mean_entropy = entropy_sums[:, :, region] / count
+        found = information_from_means(row_sums[:, :, region] / count, mean_entropy, count)
+        for name, value in found.items():
+            if name != "nmi" or count > 1:
+                sums[name] = sums.get(name, torch.zeros_like(value)) + count * value
+                total[name] = total.get(name, 0) + count
+    nothing = torch.full_like(entropy_sums.sum(-1), torch.nan)
+    names = ("information", "key_entropy", "nmi")
+    return {name: sums[name] / total[name] if name in sums else nothing for name in names}
+
+
 def floored(weights: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
     """Rows with 1e-8 added to every weight, renormalised: what the code of Park et al. takes its NMI of.
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ssat_probe.capture import Attention
     from ssat_probe.drawing import Series
+    from ssat_probe.geometry import Rows
     from ssat_probe.observation import Observation, Sum, Values
     from ssat_probe.subject import Subject
 
@@ -95,13 +96,16 @@ class Probe:
         return [self._table(one, one.comparable(seen[0])) for one in seen]
 
     def _seen(self, subject: "Subject") -> "Observation":
-        from ssat_probe import capture, observation
+        from ssat_probe import capture, geometry, observation
 
-        model = subject.model
-        blocks = _chosen(self.blocks, len(capture.blocks(model)))
-        queries = _tokens(model, known(self.queries, ("patch", "cls", "all"), "queries"))
-        keys = _tokens(model, known(self.keys, ("patch", "all"), "keys"))
-        return observation.of_attention(subject, lambda seen: _rows(seen.part(queries, keys)), _finished, blocks)
+        known(self.queries, ("patch", "cls", "all"), "queries")
+        known(self.keys, ("patch", "all"), "keys")
+        blocks = _chosen(self.blocks, capture.blocks_with(subject.model, self.queries))
+
+        def rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
+            return _rows(geometry.arranged(seen, self.queries, self.keys))
+
+        return observation.of_attention(subject, rows, _finished, blocks)
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
@@ -160,7 +164,7 @@ class Probe:
         return table.groupby(["checkpoint", "block"], sort=False)[names].mean().reset_index()
 
 
-def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
+def _rows(seen: "Rows") -> "dict[str, Tensor | Sum]":
     """Each measure per image, head and query of a chunk."""
     from ssat_probe.measures import attention as measures
     from ssat_probe.observation import Sum
@@ -170,6 +174,8 @@ def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
     found = measures.row_measures(scores, is_valid)
     num_keys = measures.num_keys(rows, is_valid).expand(found["entropy"].shape)
     of_scores = measures.kurtosis_of(rows) if seen.has_scores and is_valid is None else found["kurtosis"] * float("nan")
+    # Windows have keys of their own, so that neither a map of all queries and keys nor a sum per key is one thing.
+    is_one = 1.0 if seen.num_windows == 1 else float("nan")
     return {
         "entropy": found["entropy"],
         "entropy_normalised": measures.normalised_entropy(found["entropy"], num_keys),
@@ -178,9 +184,9 @@ def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
         "kurtosis_normalised": measures.normalised_kurtosis(found["kurtosis"], num_keys),
         "skew": found["skew"],
         "kurtosis_scores": of_scores,
-        "second": found["second"],
+        "second": found["second"] * is_one,
         "fourth": found["fourth"],
-        "received": Sum(found["received"]),
+        "received": Sum(found["received"] * is_one),
         "num_keys": num_keys.double(),
     }
 
@@ -202,28 +208,15 @@ def _finished(values: "Values") -> "tuple[Values, Values]":
     return {**means, **more}, {**undefined, "kurtosis_median": undefined["kurtosis"]}
 
 
-def _tokens(model: "nn.Module", policy: str) -> slice:
-    """Positions of the tokens of a policy."""
-    from ssat_probe import capture
-
-    if policy == "all":
-        return slice(None)
-    if policy == "patch":
-        return slice(capture.num_prefix_tokens(model), None)
-    if getattr(model, "cls_token", None) is None:
-        raise ValueError(
-            f"queries 'cls' needs a model with a class token, got a {type(model).__name__} without. "
-            "Use queries 'patch' or 'all'."
-        )
-    return slice(0, 1)
-
-
-def _chosen(blocks: Sequence[int], count: int) -> tuple[int, ...]:
+def _chosen(blocks: Sequence[int], possible: Sequence[int]) -> tuple[int, ...]:
     """The blocks to measure, each once, in the order of the model."""
-    outside = [block for block in blocks if not 0 <= block < count]
+    outside = [block for block in blocks if block not in possible]
     if outside:
-        raise ValueError(f"blocks must lie between 0 and {count - 1} for this model, got {outside[0]}.")
-    return tuple(sorted(set(blocks))) or tuple(range(count))
+        raise ValueError(
+            f"blocks must lie between {possible[0]} and {possible[-1]}, which have such queries, for this model, got "
+            f"{outside[0]}."
+        )
+    return tuple(sorted(set(blocks))) or tuple(possible)
 
 
 def _dots(ax: "Axes", drawn: "Sequence[Series]", name: str) -> str:

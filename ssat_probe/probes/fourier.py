@@ -73,32 +73,18 @@ class Probe:
         return [self._table(one, one.comparable(seen[0])) for one in seen]
 
     def _seen(self, subject: "Subject") -> "Observation":
-        from ssat_probe import geometry, observation
-        from ssat_probe.measures import fourier as measures
+        from ssat_probe import observation
 
-        grid = geometry.grid(subject.model)
-        measures.check_grid(*grid)
-        seen = observation.of_features(subject, lambda tokens: _measured(tokens.unflatten(1, grid)))
-        seen.grid = grid
-        return seen
+        return observation.of_features(subject, _measured, as_maps=True)
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
 
-        from ssat_probe.measures import fourier as measures
-
-        height, width = seen.grid
-        shared: dict[str, Any] = {
-            "energy_share_noise": measures.white_noise_share(height, width),
-            "park_kim_frequency": measures.park_kim_frequency(height) if height == width else float("nan"),
-            "grid": f"{height}x{width}",
-            "is_coarse": "yes" if min(seen.grid) < measures.COARSE_GRID else "no",
-            "num_images": seen.num_images,
-        }
         rows = []
         for site, one in seen.statistics.items():
             row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name}
-            row |= {"depth": site.index / (len(seen.statistics) - 1), **shared}
+            row |= {"depth": site.index / (len(seen.statistics) - 1), "num_images": seen.num_images}
+            row |= _of_grid(*seen.grids[site])
             row |= one.spread("log_amplitude") | one.spread("energy_share") | one.spread("park_kim")
             row |= one.differences(("log_amplitude", "energy_share"), first.statistics[site] if first else None)
             rows.append(row | {"undefined": row["energy_share_undefined"]})
@@ -147,6 +133,18 @@ class Probe:
         names = ["checkpoint", "block", "site", "log_amplitude", "energy_share", "park_kim", "grid", "is_coarse"]
         ends = [one.iloc[[0, -1]] for _, one in table.groupby("checkpoint", sort=False)]
         return pd.concat(ends)[names].reset_index(drop=True)
+
+
+def _of_grid(height: int, width: int) -> dict[str, Any]:
+    """What the grid alone says."""
+    from ssat_probe.measures import fourier as measures
+
+    return {
+        "energy_share_noise": measures.white_noise_share(height, width),
+        "park_kim_frequency": measures.park_kim_frequency(height) if height == width else float("nan"),
+        "grid": f"{height}x{width}",
+        "is_coarse": "yes" if min(height, width) < measures.COARSE_GRID else "no",
+    }
 
 
 def _measured(maps: "Tensor") -> "dict[str, Tensor]":

@@ -83,13 +83,9 @@ class Probe:
         return [self._table(one, one.comparable(seen[0])) for one in seen]
 
     def _seen(self, subject: "Subject") -> "Observation":
-        from ssat_probe import capture, geometry, observation
+        from ssat_probe import capture, observation
 
-        prefix = capture.num_prefix_tokens(subject.model)
-        grid, patch = geometry.grid(subject.model), geometry.patch_size(subject.model)
-        distances = geometry.distances(grid, patch)
-        lite = geometry.distances(grid, (14, 14))
-        return observation.of_attention(subject, lambda seen: _rows(seen, prefix, distances, lite), _finished)
+        return observation.of_attention(subject, _rows, _finished, capture.blocks_with(subject.model, "patch"))
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
@@ -154,27 +150,30 @@ class Probe:
         return table.groupby(["checkpoint", "block"], sort=False)[names].mean().reset_index()
 
 
-def _rows(seen: "Attention", prefix: int, distances: "Tensor", lite: "Tensor") -> "dict[str, Tensor | Sum]":
+def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
     """Each measure per image, head and patch query of a chunk."""
     import torch
 
+    from ssat_probe import geometry
     from ssat_probe.measures import heads as measures
     from ssat_probe.observation import Sum
 
-    everything = slice(None)
-    patches, own = (seen.part(queries, everything) for queries in (slice(prefix, None), slice(0, prefix)))
+    patches, own = (geometry.arranged(seen, queries, "all") for queries in ("patch", "prefix"))
+    prefix = patches.num_prefix
     log_all = measures.log_weights(patches.rows, are_scores=seen.has_scores)
     log_patch = measures.log_weights(patches.rows[..., prefix:], are_scores=seen.has_scores)
     weights = log_patch.double().exp()
     parts = measures.entropy_parts(log_all, prefix)
     entropy = torch.special.entr(weights).sum(-1)
-    distance, uniform = (measures.mean_distance(log_patch, distances[_place(patches, prefix)]),
-        measures.uniform_distance(log_patch, distances[_place(patches, prefix)]))  # fmt: skip
+    distances = patches.distances[:, prefix:]
+    distance, uniform = (of(log_patch, distances) for of in (measures.mean_distance, measures.uniform_distance))
     divergence = measures.divergence(log_patch)
-    bound = measures.divergence_bound(divergence.shape[1], log_patch.shape[-1])
     log_own = measures.log_weights(own.rows, are_scores=seen.has_scores).double()
     is_valid = ~log_all.isneginf()
-    floored = measures.floored(weights)
+    num_keys = is_valid[..., prefix:].sum(-1).double()
+    bound = num_keys.clamp(max=divergence.shape[1]).log()
+    floored = measures.floored(weights) * (1 if patches.num_windows == 1 else torch.nan)  # their code has no windows
+    sums = {"": (weights, entropy), "_floored": (floored, torch.special.entr(floored).sum(-1))}
     return {
         "mass_to_prefix": parts["mass"],
         "mass_prefix_to_prefix": log_own[..., :prefix].exp().sum(-1),
@@ -186,38 +185,30 @@ def _rows(seen: "Attention", prefix: int, distances: "Tensor", lite: "Tensor") -
         "distance": distance,
         "distance_normalised": distance / uniform,
         "distance_probing_vits": distance * (1 - parts["mass"]),
-        "distance_mae_lite": measures.mean_distance(log_patch, lite[_place(patches, prefix)]),
+        "distance_mae_lite": measures.mean_distance(log_patch, patches.distances_with(14)[:, prefix:]),
         "divergence": divergence,
-        "divergence_normalised": divergence / bound if bound else divergence,
+        "divergence_normalised": divergence / bound.where(bound > 0, torch.nan),
         "kl": measures.mean_kl(log_patch),
         "mass_uniform": is_valid[..., :prefix].sum(-1).double() / is_valid.sum(-1),
-        "keys_uniform": is_valid[..., prefix:].sum(-1).double(),
+        "keys_uniform": num_keys,
         "distance_uniform": uniform,
-        "entropy": entropy,
-        "rows": Sum(weights.sum(-2)),
-        "entropy_floored": torch.special.entr(floored).sum(-1),
-        "rows_floored": Sum(floored.sum(-2)),
+        "num_queries": Sum(patches.regions.bincount(minlength=patches.num_regions).double()),
+        **{f"rows{kind}": Sum(patches.by_region(one)) for kind, (one, _) in sums.items()},
+        **{f"entropies{kind}": Sum(patches.by_region(one[..., None])[..., 0]) for kind, (_, one) in sums.items()},
     }
 
 
-def _place(patches: "Attention", prefix: int) -> slice:
-    """Which patches the queries of a chunk are."""
-    start = patches.first_query - prefix
-    return slice(start, start + patches.rows.shape[2])
-
-
 def _finished(values: "Values") -> "tuple[Values, Values]":
-    """Per image and head: means over the queries, and the information, which takes all of them together."""
-    from ssat_probe.measures.heads import information_from_means
+    """Per image and head: means over the queries, and the information, which takes all of a region together."""
+    from ssat_probe.measures.heads import information_of_regions
     from ssat_probe.measures.statistics import quantiles_of_defined
     from ssat_probe.observation import over_queries
 
-    num_queries = values["entropy"].shape[-1]
     plain, like_cl_vs_mim = (
-        information_from_means(values[f"rows{kind}"] / num_queries, values[f"entropy{kind}"].mean(-1), num_queries)
+        information_of_regions(values[f"rows{kind}"], values[f"entropies{kind}"], values["num_queries"])
         for kind in ("", "_floored")
     )
-    together = {"rows", "rows_floored", "entropy", "entropy_floored"}
+    together = {"rows", "rows_floored", "entropies", "entropies_floored", "num_queries"}
     means, undefined = over_queries({name: value for name, value in values.items() if name not in together})
     median = {"kl_median": quantiles_of_defined(values["kl"], (0.5,))[0]}
     more = {**plain, **median, "nmi_cl_vs_mim": like_cl_vs_mim["nmi"]}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
-    from ssat_probe.capture import Attention
+    from ssat_probe.geometry import Rows
     from ssat_probe.observation import Sum, Values
     from ssat_probe.subject import Subject
 
@@ -53,11 +53,11 @@ class Probe:
         """
         from pandas import DataFrame
 
-        from ssat_probe import capture, observation
+        from ssat_probe import capture, geometry, observation
         from ssat_probe.measures.histogram import EDGES
 
-        patches = slice(capture.num_prefix_tokens(subject.model), None)
-        seen = observation.of_attention(subject, lambda one: _sums(one.part(patches, patches)), _shares)
+        blocks = capture.blocks_with(subject.model, "patch")
+        seen = observation.of_attention(subject, lambda one: _sums(geometry.arranged(one)), _shares, blocks)
         rows = []
         for block, one in seen.statistics.items():
             for i, (low, high) in enumerate(pairwise(EDGES)):
@@ -123,7 +123,7 @@ class Probe:
         return DataFrame(rows)
 
 
-def _sums(seen: "Attention") -> "dict[str, Tensor | Sum]":
+def _sums(seen: "Rows") -> "dict[str, Tensor | Sum]":
     """Weights and mass per image and bin, of a chunk."""
     from ssat_probe.measures.heads import log_weights
     from ssat_probe.measures.histogram import histogram_sums
