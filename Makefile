@@ -5,7 +5,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n 2 \
 	--jaxtyping-packages=ssat_probe.measures,ssat_probe.models,ssat_probe.decoders,ssat_probe.objectives,ssat_probe.patches,ssat_probe.losses,beartype.beartype
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-slow benchmark-landscape format wheel clean
+.PHONY: help reproduce test test-slow benchmark-landscape benchmark-probes format wheel clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -29,6 +29,9 @@ format: .venv/installed-test ## rewrite the code in the project's format
 
 benchmark-landscape: .venv/installed ## time per point of a loss surface, against a plain loop
 	$(BIN)/python analyses/benchmarks/landscape.py
+
+benchmark-probes: .venv/installed ## time and memory of the probes, against the plain forward pass
+	$(BIN)/python analyses/benchmarks/probes.py
 
 wheel: .venv/installed-test ## build dist/*.whl
 	$(BIN)/python -m build --wheel

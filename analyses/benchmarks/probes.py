@@ -1,0 +1,193 @@
+"""Time and memory of the probes of attention and features, against the plain forward pass and two usual ways.
+
+Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes four minutes; nothing to download.
+Fresh weights: what is timed does not depend on what a model has learnt. All ways see the same images, and the usual
+ones give the same mean entropy (checked). Seconds are medians of the ratio to the plain pass over repeats that take
+turns, with their range; memory is the largest sum of live tensors, minus that of the plain forward pass.
+"""
+
+import json
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from scipy import special, stats
+from timm.utils import AttentionExtract
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from ssat_probe import capture
+from ssat_probe.probes import attention, heads, histogram, variance
+
+MODELS = {"vit_tiny_patch16_224": (64, 16), "swin_tiny_patch4_window7_224": (16, 8)}
+"Images and batch size of each."
+REPEATS = 5
+
+
+class Shown:
+    """What a probe needs of a subject: a model and images."""
+
+    def __init__(self, name: str, num_images: int, batch_size: int) -> None:
+        torch.manual_seed(0)
+        self.model = timm.create_model(name).eval()
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(num_images, 3, 224, 224, generator=generator)
+        self.batch_size = batch_size
+
+    def batches(self) -> Iterator[SimpleNamespace]:
+        """Images with their numbers."""
+        for ids in torch.arange(len(self.images)).split(self.batch_size):
+            yield SimpleNamespace(images=self.images[ids], ids=ids)
+
+
+def plain(shown: Shown) -> None:
+    """The forward pass, fused where the model can."""
+    with torch.no_grad():
+        for batch in shown.batches():
+            shown.model(batch.images)
+
+
+def entropy_and_kurtosis(shown: Shown) -> float:
+    """The probe `attention`: eleven measures with spread and bootstrap."""
+    return float(attention.Probe(keys="all", queries="all").measure(shown)["entropy"].mean())  # type: ignore[arg-type]
+
+
+def all_of_attention(shown: Shown) -> float:
+    """The probes `attention`, `heads` and `histogram` one after another."""
+    found = entropy_and_kurtosis(shown)
+    for probe in (heads.Probe(), histogram.Probe()):
+        probe.measure(shown)  # type: ignore[arg-type]
+    return found
+
+
+def of_variance(shown: Shown) -> None:
+    """The probe `variance`."""
+    variance.Probe().measure(shown)  # type: ignore[arg-type]
+
+
+def with_timm(shown: Shown) -> float:
+    """timm's AttentionExtract on unfused blocks (fused ones give it nothing), entropy and kurtosis with numpy, scipy."""
+    modules = [module for module in shown.model.modules() if hasattr(module, "fused_attn")]
+    before = [module.fused_attn for module in modules]
+    for module in modules:
+        module.fused_attn = False
+    values: list[float] = []
+    try:
+        extract = AttentionExtract(shown.model, method="hook")
+        for batch in shown.batches():
+            with torch.no_grad():
+                maps = extract(batch.images)
+            values.append(float(np.mean([_by_numpy(weights.numpy()) for weights in maps.values()])))
+        for hook in extract.hooks._handles if hasattr(extract.hooks, "_handles") else ():
+            hook.remove()
+    finally:
+        for module, is_fused in zip(modules, before, strict=True):
+            module.fused_attn = is_fused
+        for module in shown.model.modules():
+            module._forward_hooks.clear()
+    return float(np.mean(values))
+
+
+def storing_all(shown: Shown) -> float:
+    """Keep the maps of all blocks of a batch, then measure them one after another."""
+    values: list[float] = []
+    for batch in shown.batches():
+        kept: list[Tensor] = []
+        with torch.no_grad(), capture.attention(shown.model, lambda seen: kept.append(seen.rows.softmax(-1))):
+            shown.model(batch.images)
+        values.append(float(np.mean([_by_numpy(weights.numpy()) for weights in kept])))
+    return float(np.mean(values))
+
+
+def _by_numpy(weights: np.ndarray) -> float:
+    stats.kurtosis(weights, axis=-1)
+    return float(special.entr(weights).sum(-1).mean())
+
+
+class Peak(TorchDispatchMode):
+    """Largest sum of the bytes of live tensors that were made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run, and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        for one in tree_flatten(result)[0]:
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in self._seen:
+                    self._seen.add(storage.data_ptr())
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def _gone(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
+
+
+def peak_bytes(way: Callable[[Shown], Any], shown: Shown) -> int:
+    """Of one batch."""
+    few = SimpleNamespace(model=shown.model, batches=lambda: iter([next(shown.batches())]))
+    with Peak() as peak:
+        way(few)  # type: ignore[arg-type]
+    return peak.peak
+
+
+def measured(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
+    """Ratios of all ways to the plain forward pass."""
+    shown = Shown(name, num_images, batch_size)
+    ways: dict[str, Callable[[Shown], Any]] = {
+        "plain": plain, "attention": entropy_and_kurtosis, "attention, heads, histogram": all_of_attention,
+        "variance": of_variance, "timm AttentionExtract + numpy": with_timm, "storing all maps": storing_all,
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    entropies: dict[str, float] = {}
+    for _ in range(REPEATS):
+        for label, way in list(ways.items()):
+            started = time.perf_counter()
+            try:
+                found = way(shown)
+            except (ValueError, RuntimeError, AttributeError, IndexError) as error:
+                print(f"{name}, {label}: {error}", file=sys.stderr)
+                del ways[label], seconds[label]
+                continue
+            seconds[label].append(time.perf_counter() - started)
+            if isinstance(found, float):
+                entropies[label] = found
+    for label in ("timm AttentionExtract + numpy", "storing all maps"):
+        if label in entropies and "window" not in name:  # timm's maps of windows hold no masks
+            np.testing.assert_allclose(entropies[label], entropies["attention"], rtol=1e-3)
+    peaks = {label: peak_bytes(way, shown) for label, way in ways.items()}
+    rows = {}
+    for label in ways:
+        ratios = [one / base for one, base in zip(seconds[label], seconds["plain"], strict=True)]
+        rows[label] = {
+            "times_plain": round(statistics.median(ratios), 2),
+            "range": [round(min(ratios), 2), round(max(ratios), 2)],
+            "ms_per_image": round(1000 * statistics.median(seconds[label]) / num_images, 1),
+            "mb_above_plain": round((peaks[label] - peaks["plain"]) / 2**20, 1),
+        }
+    return {"model": name, "images": num_images, "batch_size": batch_size, "threads": torch.get_num_threads(), **rows}
+
+
+def main() -> None:
+    """One JSON object per model."""
+    for name, (num_images, batch_size) in MODELS.items():
+        print(json.dumps(measured(name, num_images, batch_size), indent=1))
+
+
+if __name__ == "__main__":
+    main()
