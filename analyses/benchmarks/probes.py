@@ -74,7 +74,7 @@ def of_variance(shown: Shown) -> None:
 
 
 def with_timm(shown: Shown) -> float:
-    """timm's AttentionExtract on unfused blocks (fused ones give it nothing), entropy and kurtosis with numpy, scipy."""
+    """timm's AttentionExtract on unfused blocks (fused ones give it nothing), then numpy and scipy."""
     modules = [module for module in shown.model.modules() if hasattr(module, "fused_attn")]
     before = [module.fused_attn for module in modules]
     for module in modules:
@@ -100,10 +100,10 @@ def storing_all(shown: Shown) -> float:
     """Keep the maps of all blocks of a batch, then measure them one after another."""
     values: list[float] = []
     for batch in shown.batches():
-        kept: list[Tensor] = []
-        with torch.no_grad(), capture.attention(shown.model, lambda seen: kept.append(seen.rows.softmax(-1))):
+        kept: list[capture.Attention] = []
+        with torch.no_grad(), capture.attention(shown.model, kept.append):
             shown.model(batch.images)
-        values.append(float(np.mean([_by_numpy(weights.numpy()) for weights in kept])))
+        values.append(float(np.mean([_by_numpy(seen.rows.softmax(-1).numpy()) for seen in kept])))
     return float(np.mean(values))
 
 
