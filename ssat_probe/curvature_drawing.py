@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by, smoothed
+from ssat_probe.measures.spectrum import entry_of, measure_of, methods_in, rows_by, smoothed
 
 _LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe & Ito (2008); the reference is a grey area
     "exact": {"color": "#555555", "marker": "s", "linestyle": "-"},
@@ -18,7 +18,8 @@ _LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe & Ito (2008); the refe
 }
 _LABELS = {"exact": "exact", "lanczos": "Lanczos", "lissa": "LiSSA", "pyhessian": "PyHessian"}
 _NUM_COLUMNS = 3
-_NARROW = 0.1  # standard deviation of the smoothing on the asinh axis, the same for every method
+_LEAST = 0.1  # eigenvalues per bin at the foot of the spectra
+_NARROW = 0.1  # standard deviation of the smoothing on the asinh axis, half the width of a bin; for every method
 
 
 def draw(table: DataFrame) -> Figure:
@@ -61,36 +62,45 @@ def _comparison(table: DataFrame) -> Figure:
 
 
 def _spectra(whole: Axes, negative: Axes, table: DataFrame, label: str) -> None:
-    """Eigenvalues per unit of each method, exact ones as a grey area; below, the negative part alone."""
+    """Eigenvalues per bin: exact ones as a histogram, what each method says as a line; below, the negative part."""
     ends = [float(entry_of(table, f"{m}:lambda_max")["value"]) for m in methods_in(table) if _has(table, m)]
     bottoms = table.loc[table["quantity"].str.endswith(":lambda_min"), "value"]
     high, low = max([*ends, 0.0]), min([*bottoms, 0.0])
     bulk = 1e-3 * max(high, -low) or 1.0
-    wide = bulk * np.sinh(np.linspace(np.arcsinh(1.5 * low / bulk), np.arcsinh(1.5 * high / bulk), 501))
-    for ax, grid in ((whole, wide), (negative, np.linspace(1.15 * low or -bulk, 0, 401))):
-        for method in _LOOKS:
-            if method not in methods_in(table):
-                continue
-            rows, look = rows_by(table, method), _LOOKS[method]
-            if method == "pyhessian":
-                points = rows.loc[rows["quantity"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"]
-                inside = points[(points >= grid[0]) & (points <= grid[-1])]
-                ax.plot(inside, [2e-1] * len(inside), **{**look, "linestyle": ""}, label="PyHessian")
-                continue
-            curve = smoothed(rows, grid, bulk, _NARROW)
-            if method == "exact":
-                ax.fill_between(grid, 1e-1, np.maximum(curve, 1e-1), color="#bbbbbb", linewidth=0, label="exact")
-            else:
-                ax.plot(grid, curve, color=look["color"], linestyle=look["linestyle"], label=_LABELS[method])
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=1e-1)
-        ax.set_xlim(grid[0], grid[-1])
-    whole.set_xscale("symlog", linthresh=bulk)
-    whole.minorticks_off()
-    ticks = [sign * 10.0**power for power in range(-6, 7, 2) for sign in (-1, 1)]
-    whole.set_xticks([0.0, *(tick for tick in ticks if bulk <= abs(tick) and _holds(tick, wide))])
-    drawing.label_axes(whole, "eigenvalue [loss]", "eigenvalues per unit", f"{label}: spectrum")
-    drawing.label_axes(negative, "eigenvalue [loss]", "eigenvalues per unit", f"{label}: negative part")
+    _spectrum(whole, table, 1.5 * low, 1.5 * high or bulk, bulk)
+    _spectrum(negative, table, 1.2 * low or -bulk, 0.0, -1e-3 * low or bulk)
+    drawing.label_axes(whole, "eigenvalue [loss]", "eigenvalues per bin", f"{label}: spectrum")
+    drawing.label_axes(negative, "eigenvalue [loss]", "eigenvalues per bin", f"{label}: negative part")
+
+
+def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) -> None:
+    """One axis, linear within ``bulk`` of zero and logarithmic outside, with bins of equal width on it."""
+    ends = np.arcsinh(np.array([low, high]) / bulk)
+    places = np.linspace(*ends, 501)
+    grid, highest = bulk * np.sinh(places), 1.0
+    for method in [method for method in _LOOKS if method in methods_in(table)]:
+        rows, look = rows_by(table, method), _LOOKS[method]
+        if method == "pyhessian":
+            points = rows.loc[rows["quantity"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"]
+            inside = points[(points >= low) & (points <= high)]
+            ax.plot(inside, [1] * len(inside), **{**look, "linestyle": ""}, label="PyHessian")
+        elif method == "exact":
+            values, _ = measure_of(rows)
+            edges = np.linspace(*ends, 2 + int((ends[1] - ends[0]) / (2 * _NARROW)))
+            numbers, _ = np.histogram(np.arcsinh(values / bulk), bins=edges)
+            highest = max(highest, numbers.max())
+            ax.stairs(numbers, bulk * np.sinh(edges), baseline=_LEAST, fill=True, color="#bbbbbb", label="exact")
+        else:
+            curve = 2 * _NARROW * np.hypot(grid, bulk) * smoothed(rows, grid, bulk, _NARROW)
+            highest = max(highest, curve.max())
+            ax.plot(grid, curve, color=look["color"], linestyle=look["linestyle"], label=_LABELS[method])
+    ax.set_yscale("log")
+    ax.set_ylim(_LEAST, 3 * highest)
+    ax.set_xscale("asinh", linear_width=bulk)
+    ax.minorticks_off()
+    decades = [sign * 10.0**power for power in range(-9, 7, 2 if high > 0 else 1) for sign in (-1, 1)]
+    ax.set_xticks([0.0, *(tick for tick in decades if 2 * bulk <= abs(tick) and _holds(tick, grid))])
+    ax.set_xlim(low, high)
 
 
 def _holds(value: float, grid: np.ndarray) -> bool:

@@ -101,6 +101,9 @@ def compared(
     for method in with_spectrum:
         distance = spectrum.wasserstein(tables[method], tables[reference])
         found[method].append({"quantity": "wasserstein", "value": distance, "unit": "loss"})
+    for method in found if "exact" in found else ():
+        if method != "exact":
+            found[method] += spectrum.errors(tables[method], tables["exact"])
     return [row | {"quantity": f"{method}:{row['quantity']}"} for method, rows in found.items() for row in rows]
 
 

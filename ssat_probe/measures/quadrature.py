@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 from scipy import optimize, stats
+from scipy.special import ndtr
 
 from ssat_probe.measures.lanczos import Krylov, ritz
 
@@ -237,7 +238,7 @@ def counts(
         krylovs: One run per probe vector.
         grid: Eigenvalues at which to evaluate.
         bulk: Where the axis turns from linear to logarithmic.
-        narrowest: Least standard deviation of a curve on that axis: this share of an eigenvalue far out. Tuned, no
+        narrowest: Standard deviation of the smoothing on that axis: this share of an eigenvalue far out. Tuned, no
             source.
 
     Returns:
@@ -246,10 +247,11 @@ def counts(
     total = np.zeros_like(grid)
     for krylov in krylovs:
         part = deflated(krylov)
-        places = np.arcsinh(np.concatenate([part.atoms, part.nodes]) / bulk)
-        numbers = np.concatenate([np.ones_like(part.atoms), part.num_rest * part.weights])
-        order = places.argsort()
-        total += density(places[order], numbers[order], np.arcsinh(grid / bulk), narrowest)
+        order = part.nodes.argsort()
+        nodes, weights = np.arcsinh(part.nodes[order] / bulk), part.num_rest * part.weights[order]
+        total += density(nodes, weights, np.arcsinh(grid / bulk), narrowest)
+        distances = (np.arcsinh(grid / bulk)[:, None] - np.arcsinh(part.atoms / bulk)) / narrowest
+        total += np.exp(-(distances**2) / 2).sum(axis=1) / (narrowest * np.sqrt(2 * np.pi))
     return total / len(krylovs) / np.hypot(grid, bulk)
 
 
@@ -259,24 +261,29 @@ def density(
     grid: Float64[np.ndarray, " point"],
     narrowest: float = 0.0,
 ) -> Float64[np.ndarray, " point"]:
-    """Smoothed density of a quadrature: a normal curve per node, as wide as the nodes are apart there.
+    """Smoothed density of a quadrature: the mass of each node spread evenly up to halfway to its neighbours.
 
     The distance between nodes is the resolution that the steps of the run afford, locally: many steps, narrow curves.
+    Mass does not leak past the neighbours, so a crowded bulk with few nodes leaves the ends of the spectrum alone.
 
     Args:
         nodes: Ascending.
         weights: Their mass.
         grid: Where to evaluate.
-        narrowest: Standard deviations are at least this.
+        narrowest: Standard deviation of a normal smoothing on top.
 
     Returns:
         Mass per unit of the grid.
     """
     gaps = np.diff(nodes) if len(nodes) > 1 else np.zeros(1)
-    spacing = (np.append(gaps, gaps[-1]) + np.insert(gaps, 0, gaps[0]))[: len(nodes)] / 2
-    widths = np.maximum(spacing, max(narrowest, np.finfo(float).tiny))
-    scaled = (grid[:, None] - nodes) / widths
-    return np.exp(-(scaled**2) / 2) @ (weights / widths) / np.sqrt(2 * np.pi)
+    least = max(1e-3 * narrowest, np.finfo(float).tiny)
+    left = nodes - np.maximum(np.insert(gaps, 0, gaps[0])[: len(nodes)] / 2, least)
+    right = nodes + np.maximum(np.append(gaps, gaps[-1])[: len(nodes)] / 2, least)
+    if narrowest > 0:
+        inside = ndtr((grid[:, None] - left) / narrowest) - ndtr((grid[:, None] - right) / narrowest)
+    else:
+        inside = ((grid[:, None] >= left) & (grid[:, None] < right)).astype(float)
+    return inside @ (weights / (right - left))
 
 
 def _negative_total(krylov: Krylov, part: Deflated) -> tuple[float, float]:

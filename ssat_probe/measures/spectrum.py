@@ -17,6 +17,7 @@ from ssat_probe.measures.quadrature import counts, deflated, mass, negative_ener
 TAUS = (1e-3, 1e-2)  # thresholds as shares of the largest eigenvalue; CURVATURE notes 8.3 (c)
 NUM_ENDS = 10  # eigenvalues listed at either end
 GUARD = 100, 3  # distance kept from thresholds, in roundings of the largest eigenvalue and in noise floors; no source
+NUM_LISTED = 5  # outermost eigenvalues by which an approximation is judged: what PyHessian is usually asked for
 WIDEST = 0.1  # a share of eigenvalues that is known no better than this is not given as a number; ours, no source
 
 
@@ -250,6 +251,43 @@ def wasserstein(one: DataFrame, other: DataFrame) -> float:
     if not len(values) or not len(rest):
         return float("nan")
     return float(stats.wasserstein_distance(values, rest, weights, other_weights))
+
+
+def errors(one: DataFrame, exact: DataFrame) -> list[dict[str, Any]]:
+    """How wrong an approximation is: each quantity that it gives, against the exact one.
+
+    Args:
+        one: Rows of one algorithm.
+        exact: Rows of the exact spectrum of the same matrix.
+
+    Returns:
+        Rows ``<quantity>_error``: relative for the ends, the trace and the five outermost eigenvalues of either end
+        (the worst of those given), plain for shares and energy.
+    """
+    rows = []
+    for quantity in ("lambda_max", "lambda_min", "trace", "negative_energy", "mass_below", "near_zero_mass"):
+        for tau in (*TAUS, np.nan) if quantity in ("mass_below", "near_zero_mass") else (np.nan,):
+            pair = [_value_of(table, quantity, tau=tau) for table in (one, exact)]
+            relative = quantity in ("lambda_max", "lambda_min", "trace")
+            rows.append({"quantity": f"{quantity}_error", "tau": tau, "value": _error(*pair, relative)})
+    for quantity in ("top_eigenvalue", "bottom_eigenvalue"):
+        pairs = [
+            [_value_of(table, quantity, index=rank) for table in (one, exact)] for rank in range(1, NUM_LISTED + 1)
+        ]
+        worst = max([_error(*pair, True) for pair in pairs], key=lambda error: np.nan_to_num(error, nan=-1.0))
+        rows.append({"quantity": f"{quantity}_error", "value": worst})
+    return [row for row in rows if not np.isnan(row["value"])]
+
+
+def _value_of(table: DataFrame, quantity: str, tau: float = float("nan"), index: int = 0) -> float:
+    """A single value, NaN where the algorithm does not give it."""
+    rows = table[(table["quantity"] == quantity) & (table["index"] == index)]
+    rows = rows[rows["tau"].eq(tau) | (rows["tau"].isna() & np.isnan(tau))] if "tau" in rows else rows
+    return float(rows["value"].iloc[0]) if len(rows) else float("nan")
+
+
+def _error(found: float, true: float, relative: bool) -> float:
+    return abs(found - true) / (abs(true) if relative else 1.0) if true or not relative else float("nan")
 
 
 def methods_in(table: DataFrame) -> list[str]:

@@ -69,6 +69,26 @@ def test_distances_are_to_the_exact_spectrum(table, exact):
     assert not (table["quantity"] == "pyhessian:wasserstein").any()
 
 
+@pytest.mark.parametrize("method", ["lanczos", "lissa", "pyhessian"])
+def test_errors_are_to_the_exact_quantities(table, exact, method):
+    rows = rows_by(table, method)
+    top = entry_of(rows, "lambda_max")["value"]
+    assert entry_of(rows, "lambda_max_error")["value"] == pytest.approx(abs(top - exact[-1]) / exact[-1])
+    listed = rows[(rows["quantity"] == "top_eigenvalue") & (rows["index"] <= 5)].sort_values("index")["value"]
+    worst = np.abs(listed.to_numpy() / exact[::-1][: len(listed)] - 1).max()
+    assert entry_of(rows, "top_eigenvalue_error")["value"] == pytest.approx(worst)
+    trace = entry_of(rows, "trace")["value"]
+    assert entry_of(rows, "trace_error")["value"] == pytest.approx(abs(trace / exact.sum() - 1))
+    if method == "pyhessian":
+        assert not rows["quantity"].isin(["lambda_min_error", "negative_energy_error"]).any()
+        return
+    true = {0.01: (exact < -0.01 * exact[-1]).mean(), 0.001: (exact < -0.001 * exact[-1]).mean()}
+    for tau, share in true.items():
+        found = entry_of(rows, "mass_below", tau)["value"]
+        assert entry_of(rows, "mass_below_error", tau)["value"] == pytest.approx(abs(found - share), abs=1e-12)
+    assert not (table["quantity"] == "exact:lambda_max_error").any()
+
+
 def test_batches_give_shares_and_means_of_their_dominant_ends(table):
     rows = rows_by(table, "batches")
     largest, smallest = (rows.loc[rows["quantity"] == name, "value"].to_numpy() for name in ("batch_max", "batch_min"))

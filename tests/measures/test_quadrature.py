@@ -214,13 +214,20 @@ class TestEnergyAndTrace:
 
 
 class TestDensity:
-    def test_integrates_to_the_weights_with_width_from_the_spacing(self):
+    @pytest.mark.parametrize("narrowest", [0.0, 0.01, 0.7])
+    def test_integrates_to_the_weights_with_width_from_the_spacing(self, narrowest):
         nodes, weights = np.array([-1.0, 0.0, 2.0]), np.array([0.2, 0.5, 0.3])
-        grid = np.linspace(-20, 20, 20001)
-        curve = density(nodes, weights, grid)
-        assert np.trapezoid(curve, grid) == pytest.approx(1)
-        alone = density(nodes, np.array([0.0, 1.0, 0.0]), grid)
-        assert np.sqrt(np.trapezoid(alone * grid**2, grid)) == pytest.approx(1.5)  # half the gaps on both sides
+        grid = np.linspace(-20, 20, 40001)
+        assert np.trapezoid(density(nodes, weights, grid, narrowest), grid) == pytest.approx(1, rel=1e-3)
+        alone = density(nodes, np.array([0.0, 1.0, 0.0]), grid, narrowest)
+        mean = np.trapezoid(alone * grid, grid)
+        assert mean == pytest.approx(0.25, abs=1e-3)  # even from -0.5 to 1
+        variance = np.trapezoid(alone * (grid - mean) ** 2, grid)
+        assert variance == pytest.approx(1.5**2 / 12 + narrowest**2, rel=1e-3)
+
+    def test_wide_gaps_in_the_bulk_leave_the_ends_alone(self):
+        nodes, weights = np.array([-6.0, -5.0, 0.0, 5.0, 6.0]), np.array([1.0, 1.0, 10_000.0, 1.0, 1.0])
+        assert density(nodes, weights, np.array([-6.0, 6.0]), 0.1) == pytest.approx([1, 1], rel=1e-6)
 
     def test_more_steps_resolve_more(self):
         eigenvalues = np.repeat([-1.0, 0.0, 1.0], 300) + 0.01 * np.random.default_rng(0).normal(size=900)
