@@ -88,6 +88,16 @@ class TestDistribution:
         assert widths[-1][:2].max() < 1e-3
         assert widths[-1][3] > 0.2  # the fraction below zero is not known even then
 
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(spectra(), st.integers(0, 99), st.integers(1, 40), st.integers(1, 30), st.data())
+    def test_width_never_grows_with_steps(self, eigenvalues, seed, steps, more, data):
+        scale = np.abs(eigenvalues).max()
+        choices = [0.0, *eigenvalues, *(scale * np.array([-1e-2, -1e-3, 1e-3, 0.5]))]
+        thresholds = np.array(data.draw(st.lists(st.sampled_from(choices), min_size=1, max_size=5)))
+        few, many = (distribution(run(eigenvalues, num, seed), thresholds) for num in (steps, steps + more))
+        assert (many[0] >= few[0] - 1e-6).all()
+        assert (many[1] <= few[1] + 1e-6).all()
+
     def test_bounds_grow_with_the_threshold(self):
         low, high = distribution(run(network_like(), 30), np.linspace(-1, 41, 300))
         assert (np.diff(low) >= -1e-9).all()
@@ -184,6 +194,18 @@ class TestEnergyAndTrace:
             errors = np.array([one.value - truth for one in found])
             stated = np.mean([one.standard_error for one in found])
             assert np.sqrt((errors**2).mean()) == pytest.approx(stated, rel=0.4)
+
+    @pytest.mark.parametrize(("quantity", "steps"), [(trace, 30), (negative_energy, 60)])
+    def test_nominal_intervals_cover_the_spectrum(self, quantity, steps):
+        eigenvalues = network_like(499)
+        energy = -eigenvalues[eigenvalues < 0].sum() / np.abs(eigenvalues).sum()
+        truth = eigenvalues.sum() if quantity is trace else energy
+        covered = 0
+        for seed in range(200):
+            found = quantity([run(eigenvalues, steps, seed)])
+            reach = 1.96 * found.standard_error
+            covered += found.low - reach <= truth <= found.high + reach
+        assert covered >= 0.9 * 200
 
     def test_two_probes_have_the_smaller_error(self):
         eigenvalues = network_like(997)

@@ -1,0 +1,102 @@
+"""Curvature against its peers: products, eigenvalues, exact spectra, negative part, growth of the cost.
+
+Run: make benchmark-curvature; parts: python analyses/benchmarks/curvature.py product eigenvalues exact negative scaling
+Takes under 10 minutes on 2 cores; nothing to download. Peers come with pip install '.[benchmark]'; one that is missing
+is left out with a line that says so. Ways take turns within one process tree. Writes curvature.csv, .md, .png and
+.json into figures/benchmark_curvature; parts that were not asked for keep what stands there.
+"""
+
+import datetime
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from pandas import DataFrame
+
+PARTS = ("product", "eigenvalues", "exact", "negative", "scaling")
+OUT = Path(__file__).parents[2] / "figures" / "benchmark_curvature"
+
+
+def module_of(part: str) -> Any:
+    """Each part is a file: measure, ratios, draw."""
+    return importlib.import_module(f"curvature_{part}")
+
+
+def main(parts: list[str]) -> None:
+    """Measure the parts asked for and write everything."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise SystemExit(f"Parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "curvature.csv"
+    table = pd.read_csv(path) if path.is_file() else DataFrame({"part": []})
+    record = json.loads((OUT / "curvature.json").read_text()) if path.is_file() else {}
+    for part in parts or PARTS:
+        started = time.perf_counter()
+        rows = [{"part": part} | row for row in module_of(part).measure()]
+        table = pd.concat([table[table["part"] != part], DataFrame(rows)], ignore_index=True)
+        record[part] = machine() | {"seconds": round(time.perf_counter() - started, 1)}
+        print(f"{part}: {record[part]['seconds']} s")
+        table.to_csv(path, index=False)
+        (OUT / "curvature.json").write_text(json.dumps(record, indent=2) + "\n")
+    (OUT / "curvature.md").write_text(markdown(table, record), encoding="utf-8")
+    draw(table)
+    print((OUT / "curvature.md").read_text(encoding="utf-8"))
+
+
+def machine() -> dict[str, Any]:
+    """When and on what."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def markdown(table: DataFrame, record: dict[str, Any]) -> str:
+    """The README's table: median ratio and its spread over repeats."""
+    lines = ["| part | ratio | model | median | least to most | target |", "|---|---|---|---|---|---|"]
+    for part in PARTS:
+        rows = table[table["part"] == part]
+        for _, what, model, values, target in module_of(part).ratios(rows) if len(rows) else ():
+            spread = f"{min(values):.3g} to {max(values):.3g} ({len(values)})" if len(values) > 1 else "one run"
+            median = f"{pd.Series(values).median():.3g}"
+            lines.append(f"| {part} | {what} | {model} | {median} | {spread} | {target} |")
+    dates = sorted({entry["date"][:10] for entry in record.values()})
+    where = next(iter(record.values()))
+    lines += ["", f"{' and '.join(dates)}, {where['machine']}, {where['threads']} threads, torch {where['torch']}.", ""]
+    return "\n".join(lines)
+
+
+def draw(table: DataFrame) -> None:
+    """One panel per part."""
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 2, figsize=(10, 10), layout="constrained")
+    for ax, part in zip(axes.flat, PARTS, strict=False):
+        rows = table[table["part"] == part]
+        if len(rows):
+            module_of(part).draw(ax, rows)
+            handles, labels = ax.get_legend_handles_labels()
+            unique = dict(zip(labels, handles, strict=True))
+            if unique:
+                ax.legend(unique.values(), unique.keys(), fontsize=6, frameon=False)
+    axes.flat[-1].remove()
+    figure.savefig(OUT / "curvature.png", dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
