@@ -25,7 +25,7 @@ from ssat_probe.training import train
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "checkpoints" / "vit_nano-digits-scratch-seed0" / "scratch.pt"
 SMALL = {"img_size": (8, 8), "patch_size": (4, 4), "channels": 1, "num_classes": 10}
-SMALL |= {"dim": 18, "depth": 2, "heads": 3, "mlp_ratio": 2}
+SMALL |= {"dim": 16, "depth": 2, "heads": 4, "mlp_ratio": 3}
 
 Row = dict[str, Any]
 

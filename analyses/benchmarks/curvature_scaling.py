@@ -18,7 +18,7 @@ from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import lanczos
 from ssat_probe.models import vit
 
-IMAGES, WIDTHS, STEPS, REPEATS = (64, 128, 256, 512), (16, 32, 64, 128), (10, 40, 160), 3
+IMAGES, WIDTHS, STEPS, REPEATS = (64, 128, 256), (16, 32, 64, 128), (10, 40, 120), 3
 MEMORY_WIDTH = 128  # of the model whose memory is measured: 0.8 million parameters
 
 
