@@ -75,8 +75,8 @@ def _spectra(whole: Axes, negative: Axes, table: DataFrame, label: str) -> None:
 
 def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) -> None:
     """One axis, linear within ``bulk`` of zero and logarithmic outside, with bins of equal width on it."""
-    ends = np.arcsinh(np.array([low, high]) / bulk)
-    places = np.linspace(*ends, 501)
+    first, last = float(np.arcsinh(low / bulk)), float(np.arcsinh(high / bulk))
+    places = np.linspace(first, last, 501)
     grid, highest = bulk * np.sinh(places), 1.0
     for method in [method for method in _LOOKS if method in methods_in(table)]:
         rows, look = rows_by(table, method), _LOOKS[method]
@@ -86,7 +86,7 @@ def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) 
             ax.plot(inside, [1] * len(inside), **{**look, "linestyle": ""}, label="PyHessian")
         elif method == "exact":
             values, _ = measure_of(rows)
-            edges = np.linspace(*ends, 2 + int((ends[1] - ends[0]) / (2 * _NARROW)))
+            edges = np.linspace(first, last, 2 + int((last - first) / (2 * _NARROW)))
             numbers, _ = np.histogram(np.arcsinh(values / bulk), bins=edges)
             highest = max(highest, numbers.max())
             ax.stairs(numbers, bulk * np.sinh(edges), baseline=_LEAST, fill=True, color="#bbbbbb", label="exact")

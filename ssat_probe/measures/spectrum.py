@@ -264,18 +264,17 @@ def errors(one: DataFrame, exact: DataFrame) -> list[dict[str, Any]]:
         Rows ``<quantity>_error``: relative for the ends, the trace and the five outermost eigenvalues of either end
         (the worst of those given), plain for shares and energy.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for quantity in ("lambda_max", "lambda_min", "trace", "negative_energy", "mass_below", "near_zero_mass"):
         for tau in (*TAUS, np.nan) if quantity in ("mass_below", "near_zero_mass") else (np.nan,):
-            pair = [_value_of(table, quantity, tau=tau) for table in (one, exact)]
+            found, true = (_value_of(table, quantity, tau=tau) for table in (one, exact))
             relative = quantity in ("lambda_max", "lambda_min", "trace")
-            rows.append({"quantity": f"{quantity}_error", "tau": tau, "value": _error(*pair, relative)})
+            rows.append({"quantity": f"{quantity}_error", "tau": tau, "value": _error(found, true, relative)})
     for quantity in ("top_eigenvalue", "bottom_eigenvalue"):
-        pairs = [
-            [_value_of(table, quantity, index=rank) for table in (one, exact)] for rank in range(1, NUM_LISTED + 1)
-        ]
-        worst = max([_error(*pair, True) for pair in pairs], key=lambda error: np.nan_to_num(error, nan=-1.0))
-        rows.append({"quantity": f"{quantity}_error", "value": worst})
+        ranks = range(1, NUM_LISTED + 1)
+        pairs = [(_value_of(one, quantity, index=rank), _value_of(exact, quantity, index=rank)) for rank in ranks]
+        defined = [error for error in (_error(found, true, True) for found, true in pairs) if not np.isnan(error)]
+        rows.append({"quantity": f"{quantity}_error", "value": max(defined, default=float("nan"))})
     return [row for row in rows if not np.isnan(row["value"])]
 
 
