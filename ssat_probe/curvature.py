@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,12 +47,39 @@ def in_float64(subject: Subject) -> Subject:
     return dataclasses.replace(subject, model=model, decoder=decoder, dtype=torch.float64)
 
 
+def l2_term(parameters: Mapping[str, Tensor], weight_decay: float) -> Callable[[], Tensor]:
+    """Half the weight decay times the squared length of the parameters that decay.
+
+    AdamW does not add this term to the loss but shrinks the weights by themselves, so a run's loss has it in spirit
+    only; landscapes of the field do show it.
+
+    Args:
+        parameters: By name; as in the training, vectors and biases do not decay.
+        weight_decay: Of the training.
+
+    Returns:
+        The term at the parameters' present values.
+
+    Raises:
+        ValueError: If nothing decays.
+    """
+    decayed = [one for name, one in parameters.items() if one.ndim > 1 and not name.endswith(".bias")]
+    if not decayed or not weight_decay > 0:
+        raise ValueError(
+            f"An L2 term needs a weight decay above 0 and parameters that decay, got {weight_decay} and "
+            f"{len(decayed)} of {len(parameters)}. Leave --l2 out, or choose matrices."
+        )
+    return lambda: 0.5 * weight_decay * torch.stack([one.square().sum() for one in decayed]).sum()
+
+
 def operators(
     subject: Subject,
     everything: Mapping[str, Tensor],
     loss: str = "cross_entropy",
     params: Sequence[str] = (),
     matrix: str = "hessian",
+    is_augmented: bool = False,
+    l2: bool = False,
 ) -> tuple[HessianOperator, HessianOperator]:
     """Hessian of a loss, for loss and gradient, and the matrix that is looked at: often the same.
 
@@ -61,13 +89,21 @@ def operators(
         loss: One of the subject's.
         params: Patterns of the parameters looked at; none means all.
         matrix: ``hessian``, or ``gauss_newton`` of the cross-entropy.
+        is_augmented: Look at images changed as in training, each always in the same way.
+        l2: Add the recipe's weight decay to the loss; its curvature is the decay along parameters that decay, and
+            none along the others.
 
     Returns:
         Both over the same parameters and images.
     """
     parameters, coordinates = selected(everything, params)
-    batches = SizedBatches(subject.batches)
-    plain = HessianOperator(parameters, lambda batch: subject.loss(batch, loss), batches, coordinates=coordinates)
+    batches = SizedBatches(partial(subject.batches, is_augmented=True) if is_augmented else subject.batches)
+    decay = l2_term(parameters, subject.checkpoint.recipe.weight_decay) if l2 else None
+
+    def whole(batch: Batch) -> Tensor:
+        return subject.loss(batch, loss) if decay is None else subject.loss(batch, loss) + decay()
+
+    plain = HessianOperator(parameters, whole, batches, coordinates=coordinates)
     if matrix == "hessian":
         return plain, plain
     return plain, gauss_newton(

@@ -12,6 +12,7 @@ from ssat_probe import drawing
 from ssat_probe.measures.spectrum import TAUS, bounds_below, entry_of, methods_in, rows_by, smoothed
 
 _NOTE = "thin lines, pale points: seeds; thick lines: mean; bars: 95 % t interval; shading: mean of the bounds"
+_LONE_NOTE = "bars: two standard errors from the choice of images; shading: certain bounds"
 _SHOWN = {
     "lambda_max": "largest eigenvalue [loss]",
     "lambda_min": "smallest eigenvalue [loss]",
@@ -37,7 +38,7 @@ def draw(table: DataFrame) -> Figure:
         _draw_shares(axes[2], table)
         for ax, quantity, title in zip(axes[3:], _SHOWN, _SHOWN.values(), strict=False):
             _draw_points(ax, table, quantity, title)
-        drawing.legend_below(figure, _NOTE if max(one.num_seeds for one in drawing.series(table)) > 1 else "")
+        drawing.legend_below(figure, _NOTE if max(one.num_seeds for one in drawing.series(table)) > 1 else _LONE_NOTE)
     return figure
 
 
@@ -48,7 +49,8 @@ def summary(table: DataFrame) -> DataFrame:
         table: What the Hessian probe gave, with the identity columns.
 
     Returns:
-        Numbers as text: shares of eigenvalues as brackets; a star marks an end that has not converged.
+        Numbers as text: shares of eigenvalues as brackets; a star marks an end that has not converged; behind ± the
+            chance error of the start vectors, and the standard error from the choice of images by name.
     """
     rows = []
     for checkpoint, one in table.groupby("checkpoint", sort=False):
@@ -74,13 +76,14 @@ def _summary(one: DataFrame) -> dict[str, str]:
         row[quantity] = _cell(one, quantity, ".4g")
         if row[quantity] and entry_of(one, quantity)["converged"] != 1:
             row[quantity] += "*"
+        row[quantity] += _data_error(one, quantity)
     row["lambda_ratio"] = _cell(one, "lambda_ratio")
-    row["negative_energy"] = _cell(one, "negative_energy")
+    row["negative_energy"] = _cell(one, "negative_energy") + _data_error(one, "negative_energy")
     for tau in TAUS:
         row[f"below -{tau:g} λmax"] = _cell(one, "mass_below", tau=tau)
     row["near_zero_mass"] = _cell(one, "near_zero_mass")
     row["negative_fraction"] = _cell(one, "negative_fraction")
-    row["trace"] = _cell(one, "trace")
+    row["trace"] = _cell(one, "trace") + _data_error(one, "trace")
     return row
 
 
@@ -94,6 +97,12 @@ def _cell(one: DataFrame, quantity: str, form: str = ".3g", tau: float | None = 
     if entry["standard_error"] == entry["standard_error"] and quantity in ("negative_energy", "trace"):
         return _plus_minus(entry)
     return f"{entry['value']:{form}}"
+
+
+def _data_error(one: DataFrame, quantity: str) -> str:
+    """What the choice of images adds to the uncertainty, where it is known."""
+    errors = one.loc[one["quantity"] == quantity, "data_error"].dropna()
+    return f" (data ± {errors.iloc[0]:.1g})" if len(errors) else ""
 
 
 def _bracket(entry: dict[str, Any]) -> str:
@@ -150,8 +159,12 @@ def _draw_shares(ax: Axes, table: DataFrame) -> None:
 
 
 def _draw_points(ax: Axes, table: DataFrame, quantity: str, label: str) -> None:
-    """One point per checkpoint beside the mean over seeds with its 95 % interval."""
+    """One point per checkpoint beside the mean over seeds with its 95 % interval; error of the data at lone points."""
     drawn = drawing.dots_by_series(ax, table[table["quantity"] == quantity], "value")
+    for place, one in enumerate(drawn):
+        if one.num_seeds == 1 and one.table["data_error"].notna().all():
+            bars: Any = {"yerr": 2 * one.table["data_error"], "color": one.look.colour, "capsize": 2.5, "fmt": "none"}
+            ax.errorbar(place, one.table["value"].iloc[0], **bars)
     if any(len(one.label) > 10 for one in drawn):
         ax.set_xticks(range(len(drawn)), [""] * len(drawn))  # the legend names them
     ax.axhline(0, color="black", linewidth=0.5, zorder=0)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 
-from ssat_probe.curvature import SizedBatches, in_float64, operators
+from ssat_probe.curvature import SizedBatches, in_float64, l2_term, operators
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 
@@ -47,3 +48,35 @@ def test_the_plain_matrix_is_one_operator(subject):
     plain, matrix = operators(subject, subject.parameters("joint"), loss="joint")
     assert plain is matrix
     assert any(name.startswith("decoder.") for name in plain.parameters)
+
+
+def test_the_l2_term_adds_the_decay_where_the_training_decays(subject):
+    subject = in_float64(subject)
+    everything = subject.parameters()
+    plain, _ = operators(subject, everything)
+    heavy, _ = operators(subject, everything, l2=True)
+    decay = subject.checkpoint.recipe.weight_decay
+    groups = {
+        id(p): group["weight_decay"]
+        for group in param_groups_weight_decay(subject.model, decay)
+        for p in group["params"]
+    }
+    shift = torch.cat([torch.full((p.numel(),), groups[id(p)], dtype=torch.float64) for p in everything.values()])
+    assert set(shift.tolist()) == {0.0, decay}
+    along = torch.randn(plain.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(heavy.product(along), plain.product(along) + shift * along, rtol=1e-10, atol=1e-12)
+    weights = torch.cat([p.detach().reshape(-1) for p in everything.values()])
+    added = float((shift * weights**2).sum()) / 2
+    assert heavy.evaluate().loss == pytest.approx(plain.evaluate().loss + added, rel=1e-12)
+
+
+def test_an_l2_term_without_decay_is_refused(subject):
+    with pytest.raises(ValueError, match=r"needs a weight decay above 0 .* got 0\.05 and 0 of 1"):
+        l2_term({"head.bias": subject.model.head.bias}, 0.05)
+
+
+def test_augmented_images_are_frozen(subject):
+    subject = in_float64(subject)
+    changed = [operators(subject, subject.parameters(), is_augmented=True)[0].evaluate() for _ in range(2)]
+    assert changed[0].loss == changed[1].loss
+    assert changed[0].loss != operators(subject, subject.parameters())[0].evaluate().loss

@@ -40,7 +40,6 @@ def batch_ends(
     *,
     steps: int,
     seed: int = 0,
-    l2: float = 0.0,
     coordinates: Int[Tensor, " coordinate"] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> BatchEnds:
@@ -52,7 +51,6 @@ def batch_ends(
         batches: As for `HessianOperator`; each is a Hessian of its own.
         steps: Lanczos steps per batch.
         seed: Of the start vector, the same for every batch.
-        l2: Weight of ‖θ‖²/2 in the loss: shifts every eigenvalue by it.
         coordinates: As for `HessianOperator`.
         on_step: Called with the number of products so far.
 
@@ -69,7 +67,7 @@ def batch_ends(
         spent += operator.num_products
         if on_step is not None:
             on_step(spent)
-    ends = np.array([[one.values[-1], one.values[0]] for one in found]) + l2
+    ends = np.array([[one.values[-1], one.values[0]] for one in found])
     residuals = np.array([[one.residuals[-1], one.residuals[0]] for one in found])
     converged = np.array([[one.converged[-1], one.converged[0]] for one in found])
     return BatchEnds(ends[:, 0], ends[:, 1], residuals, converged, tuple(sizes), spent)

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 
 from ssat_probe.measures.hessian import CHUNK, HessianOperator
 
+GAIN = 0.95  # a larger chunk must take at most this share of the time to be taken; keeps the memory small; ours
 _TRIAL = 384  # rows of the random matrix whose eigenvalues are timed; large enough for LAPACK's blocked code
 _COPIES = 2  # matrices of full size that live at once: the Hessian and LAPACK's workspace
 CHUNKS = (1, 4, 16, CHUNK)
@@ -32,50 +33,53 @@ class Cost:
         return self.product_seconds + self.solver_seconds
 
 
-def cost(operator: HessianOperator, chunk: int = CHUNK) -> Cost:
-    """Time and memory of `eigenvalues`, from one chunk of products and a small eigenvalue problem, both timed.
+@dataclass(frozen=True)
+class Spectrum:
+    """All eigenvalues, and what was known of the cost before."""
+
+    eigenvalues: Float64[np.ndarray, " eigenvalue"]
+    "Ascending, of the symmetric part."
+    asymmetry: float
+    "Largest, relative to the largest entry."
+    cost: Cost
+
+
+def cost(operator: HessianOperator) -> tuple[Cost, int]:
+    """Time and memory of `exact_spectrum`, from products and a small eigenvalue problem that are timed.
 
     Args:
         operator: As it will be used.
-        chunk: Vectors per batched product.
 
     Returns:
-        Seconds for this machine in its present load, bytes for the matrices (the graph of a batch comes on top).
+        Seconds for this machine in its present load, bytes for the matrices (the graph of a batch comes on top); and
+        the number of vectors per product that is fastest.
     """
     size = operator.size
-    num = min(chunk, size)
-    units = torch.eye(num, size, dtype=torch.float64, device=operator.device)
-    with operator:
-        operator.products(units[:1])  # makes the graph, where it is kept
-        started = time.perf_counter()
-        operator.products(units)
-        each = (time.perf_counter() - started) / num
+    chunk, each = fastest_chunk(operator)
     trial = np.random.default_rng(0).standard_normal((min(_TRIAL, size),) * 2)
     started = time.perf_counter()
     np.linalg.eigvalsh(trial + trial.T)
     solver = (time.perf_counter() - started) * (size / len(trial)) ** 3
-    return Cost(size, each * size, solver, 8 * _COPIES * size**2)
+    return Cost(size, each * size, solver, 8 * _COPIES * size**2), chunk
 
 
-def eigenvalues(
+def exact_spectrum(
     operator: HessianOperator,
     *,
     max_bytes: int = 2 * 2**30,
     max_seconds: float = float("inf"),
-    chunk: int = 0,
     on_step: Callable[[int], None] | None = None,
-) -> tuple[Float64[np.ndarray, " eigenvalue"], float]:
+) -> Spectrum:
     """All eigenvalues, and how far the computed matrix was from symmetric.
 
     Args:
         operator: Of a model in float64.
         max_bytes: Refuse to take more memory for matrices.
         max_seconds: Refuse to take longer, by the estimate of `cost`.
-        chunk: Vectors per batched product; 0 means the fastest, by a short measurement.
         on_step: Called with the number of products so far.
 
     Returns:
-        Ascending eigenvalues of the symmetric part, and the largest asymmetry relative to the largest entry.
+        The spectrum.
 
     Raises:
         ValueError: If the model is not in float64, or the spectrum would not fit; says what would.
@@ -86,13 +90,13 @@ def eigenvalues(
             "Convert it with .double()."
         )
     refuse(operator, max_bytes)
-    expected = cost(operator, chunk or CHUNK) if max_seconds < float("inf") else None
-    if expected is not None and expected.seconds > max_seconds:
+    expected, chunk = cost(operator)
+    if expected.seconds > max_seconds:
         raise ValueError(
             f"An exact spectrum must take at most {max_seconds:.3g} s, got an estimate of {expected.seconds:.3g} s for "
             f"{operator.size} parameters. {_what_fits(operator, _fitting(expected, max_seconds))}"
         )
-    size, chunk = operator.size, chunk or fastest_chunk(operator)
+    size = operator.size
     matrix = np.zeros((size, size))
     with operator:
         for start in range(0, size, chunk):
@@ -103,27 +107,32 @@ def eigenvalues(
             if on_step is not None:
                 on_step(stop)
     asymmetry = _symmetrise(matrix)
-    return scipy.linalg.eigvalsh(matrix, overwrite_a=True, check_finite=False), asymmetry
+    values = scipy.linalg.eigvalsh(matrix, overwrite_a=True, check_finite=False)
+    return Spectrum(values, asymmetry, expected)
 
 
-def fastest_chunk(operator: HessianOperator) -> int:
+def fastest_chunk(operator: HessianOperator) -> tuple[int, float]:
     """Vectors per batched product that cost least each, from one timed product of each size.
 
     Args:
         operator: As it will be used.
 
     Returns:
-        One of ``CHUNKS``; large for small models, 1 where the batch fills the caches by itself.
+        One of ``CHUNKS``, and seconds per vector: large for small models, 1 where the batch fills the caches by itself.
+            Larger ones are tried as long as they gain, so that a large model is not asked for more memory.
     """
-    seconds: dict[int, float] = {}
+    best, least = 1, float("inf")
     with operator:
         operator.product(torch.ones(operator.size, dtype=torch.float64, device=operator.device))  # makes the graph
         for chunk in CHUNKS:
             units = torch.eye(min(chunk, operator.size), operator.size, dtype=torch.float64, device=operator.device)
             started = time.perf_counter()
             operator.products(units)
-            seconds[chunk] = (time.perf_counter() - started) / len(units)
-    return min(seconds, key=lambda chunk: seconds[chunk])
+            each = (time.perf_counter() - started) / len(units)
+            if each > GAIN * least:
+                break
+            best, least = chunk, each
+    return best, least
 
 
 def refuse(operator: HessianOperator, max_bytes: int) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ssat_probe.measures import spectrum
 from ssat_probe.measures.batches import average_positive, batch_ends, negative_proportion, signed_power
 from ssat_probe.measures.certificate import Certificate
-from ssat_probe.measures.exact import eigenvalues
+from ssat_probe.measures.exact import exact_spectrum
 from ssat_probe.measures.hessian import Evaluation, HessianOperator
 from ssat_probe.measures.inverse import calibrate, inverse_eigenvalues
+from ssat_probe.measures.jackknife import DataErrors, data_errors
 from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 from ssat_probe.measures.peers import pyhessian
 
@@ -33,8 +34,12 @@ class Settings:
     probes: int = 1
     seed: int = 0
     max_bytes: int = 2 * 2**30
+    max_seconds: float = float("inf")
+    "Of an exact spectrum."
     bystanders: tuple[Tensor, ...] = ()
     "Parameters of the model that the operator does not cover."
+    jackknife: bool = False
+    "Whether a Lanczos run is followed by a jackknife over batches."
     on_step: Callable[[int], None] | None = None
     on_run: Callable[[Krylov], None] | None = None
     "Given the first Lanczos run, with its basis."
@@ -56,10 +61,7 @@ def rows_of(
         Rows with a quantity each.
     """
     if method == "lanczos":
-        runs = _runs(operator, settings)
-        kept = spectrum.distance_kept(runs, certificate.noise)
-        rows = [*spectrum.ends(runs), *spectrum.negative_part(runs, kept), spectrum.trace_row(runs)]
-        return [*rows, *spectrum.facts(certificate, evaluation, operator), *spectrum.coefficients(runs)]
+        return _lanczos(operator, certificate, evaluation, settings)
     makers = {"exact": _exact, "lissa": _lissa, "batches": _batches, "pyhessian": _pyhessian}
     return [*makers[method](operator, settings), *spectrum.facts(certificate, evaluation, operator)]
 
@@ -85,6 +87,7 @@ def compared(
         certificate and gradient, which all share.
     """
     found: dict[str, Rows] = {}
+    settings = replace(settings, jackknife=False)  # an error of the matrix, not of a method
     for method in methods:
         before, started = operator.num_products, time.perf_counter()
         rows = rows_of(method, operator, certificate, evaluation, settings)
@@ -107,7 +110,25 @@ def compared(
     return [row | {"quantity": f"{method}:{row['quantity']}"} for method, rows in found.items() for row in rows]
 
 
-def _runs(operator: HessianOperator, settings: Settings) -> list[Krylov]:
+def _lanczos(operator: HessianOperator, certificate: Certificate, evaluation: Evaluation, settings: Settings) -> Rows:
+    """Everything that a run gives, its coefficients, and the error from the choice of images."""
+    errors: list[DataErrors] = []
+
+    def look(krylov: Krylov) -> None:
+        if settings.on_run is not None:
+            settings.on_run(krylov)
+        if settings.jackknife:
+            errors.append(data_errors(operator, krylov))
+
+    runs = _runs(operator, settings, look if settings.jackknife or settings.on_run is not None else None)
+    kept = spectrum.distance_kept(runs, certificate.noise)
+    rows = [*spectrum.ends(runs), *spectrum.negative_part(runs, kept), spectrum.trace_row(runs)]
+    rows = _with_data_errors(rows, errors[0]) if errors else rows
+    return [*rows, *spectrum.facts(certificate, evaluation, operator), *spectrum.coefficients(runs)]
+
+
+def _runs(operator: HessianOperator, settings: Settings, on_first: Callable[[Krylov], None] | None) -> list[Krylov]:
+    """One run per probe vector; what looks at the first one gets its basis too."""
     krylovs: list[Krylov] = []
 
     def step_done(steps: int) -> None:
@@ -118,17 +139,31 @@ def _runs(operator: HessianOperator, settings: Settings) -> list[Krylov]:
         for probe in range(settings.probes):
             seed = settings.seed + 1_000_003 * probe
             options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": seed}
-            options["with_basis"] = settings.on_run is not None and probe == 0
-            krylovs.append(lanczos(operator.product, operator.size, settings.steps, on_step=step_done, **options))
-            if settings.on_run is not None and probe == 0:
-                settings.on_run(krylovs[0])
+            options |= {"with_basis": on_first is not None and probe == 0, "on_step": step_done}
+            krylovs.append(lanczos(operator.product, operator.size, settings.steps, **options))
+            if on_first is not None and probe == 0:
+                operator.release()
+                on_first(krylovs[0])
                 krylovs[0] = replace(krylovs[0], basis=None)
     return krylovs
 
 
+def _with_data_errors(rows: Rows, found: DataErrors) -> Rows:
+    """The rows with what the choice of images adds to them."""
+    errors = [row | {"data_error": found.errors.get(row["quantity"], float("nan"))} for row in rows]
+    counts = {"data_batches": found.num_batches, "data_products": found.num_products}
+    return [*errors, *({"quantity": quantity, "value": value} for quantity, value in counts.items())]
+
+
 def _exact(operator: HessianOperator, settings: Settings) -> Rows:
-    values, asymmetry = eigenvalues(operator, max_bytes=settings.max_bytes, on_step=settings.on_step)
-    return [*spectrum.exact_rows(values), {"quantity": "asymmetry", "value": asymmetry}]
+    limits: dict[str, Any] = {"max_bytes": settings.max_bytes, "max_seconds": settings.max_seconds}
+    found = exact_spectrum(operator, on_step=settings.on_step, **limits)
+    return [
+        {"quantity": "estimated_seconds", "value": found.cost.seconds, "unit": "s"},
+        {"quantity": "estimated_memory", "value": found.cost.num_bytes / 2**30, "unit": "GiB"},
+        *spectrum.exact_rows(found.eigenvalues),
+        {"quantity": "asymmetry", "value": found.asymmetry},
+    ]
 
 
 def _lissa(operator: HessianOperator, settings: Settings) -> Rows:

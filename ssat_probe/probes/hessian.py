@@ -44,6 +44,14 @@ class Probe:
     "GiB that a dense matrix may take."
     vectors: Path | None = None
     "Folder in which the two outermost eigenvectors of each end are kept, for landscape --eigenvectors; empty: none."
+    most_seconds: float = 3600.0
+    "Seconds that an exact spectrum may take; one that is estimated to take longer is refused."
+    jackknife: bool = True
+    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches at least."
+    augmented: bool = False
+    "Look at images changed as in training, each always in the same way."
+    l2: bool = False
+    "Add the weight decay of the training to the loss, as half of it times the squared length of what decays."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -57,6 +65,7 @@ class Probe:
         Column("low", "", "lower end of what is certain: of value ± residual, or of the bracket of a share"),
         Column("high", "", "upper end of what is certain; for a check, the largest error allowed"),
         Column("standard_error", "", "chance error of the random start vectors, in `unit`"),
+        Column("data_error", "", "standard error from the choice of images, by a jackknife over batches, in `unit`"),
         Column("residual", "", "an eigenvalue lies within this distance of the value, in `unit`"),
         Column(
             "converged", "", "1 if the residual is small (or a check passed), 0 if not; empty where it does not apply"
@@ -90,11 +99,21 @@ class Probe:
         self._check()
         subject = in_float64(subject) if "exact" in (self.method, *self.compare) else subject
         everything = subject.parameters(self.loss)
-        plain, operator = operators(subject, everything, self.loss, self.params, self.matrix)
+        chosen = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
+        plain, operator = operators(subject, everything, self.loss, **chosen)
         certificate, evaluation = certify(operator), plain.evaluate()
-        max_bytes = int(self.memory * 2**30)
         on_run = None if self.vectors is None else partial(self._keep, self.vectors, subject, self.loss)
-        settings = Settings(self.steps, self.probes, self.seed, max_bytes, tuple(everything.values()), on_step, on_run)
+        settings = Settings(
+            self.steps,
+            self.probes,
+            self.seed,
+            max_bytes=int(self.memory * 2**30),
+            max_seconds=self.most_seconds,
+            bystanders=tuple(everything.values()),
+            jackknife=self.jackknife,
+            on_step=on_step,
+            on_run=on_run,
+        )
         if self.compare:
             rows = compared(self.compare, operator, certificate, evaluation, settings)
         else:
@@ -115,8 +134,11 @@ class Probe:
         for name, least in (("steps", 2), ("probes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}. Take the default.")
-        if not self.memory > 0:
-            raise ValueError(f"memory must be more than 0 GiB, got {self.memory}. Take the default.")
+        for name, unit in (("memory", "GiB"), ("most_seconds", "s")):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0 {unit}, got {getattr(self, name)}. Take the default.")
+        if self.matrix == "gauss_newton" and self.l2:
+            raise ValueError("The L2 term goes with the matrix hessian only, got 'gauss_newton'. Leave --l2 out.")
         if self.matrix == "gauss_newton" and self.loss != "cross_entropy":
             raise ValueError(
                 f"The Gauss-Newton matrix must be of the loss cross_entropy, got {self.loss!r}. Take --matrix hessian."

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssat_probe.measures.exact import cost, eigenvalues
+from ssat_probe.measures.exact import CHUNKS, cost, exact_spectrum, fastest_chunk
 from ssat_probe.measures.hessian import HessianOperator
 
 
@@ -29,10 +29,18 @@ def symmetric(size: int, seed: int = 0) -> torch.Tensor:
 def test_all_eigenvalues_of_a_known_matrix():
     matrix = symmetric(131)
     told: list[int] = []
-    values, asymmetry = eigenvalues(quadratic(matrix), chunk=17, on_step=told.append)
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix.numpy()), atol=1e-12)
-    assert asymmetry < 1e-14
+    found = exact_spectrum(quadratic(matrix), on_step=told.append)
+    np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(matrix.numpy()), atol=1e-12)
+    assert found.asymmetry < 1e-14
     assert told[-1] == 131
+    assert found.cost.num_parameters == 131
+    assert found.cost.seconds > 0
+
+
+def test_the_chunk_is_one_of_those_tried():
+    chunk, each = fastest_chunk(quadratic(symmetric(31)))
+    assert chunk in CHUNKS
+    assert each > 0
 
 
 def test_symmetrising_in_bands_is_the_mean_with_the_transpose():
@@ -45,7 +53,7 @@ def test_symmetrising_in_bands_is_the_mean_with_the_transpose():
 
 
 def test_cost_counts_bytes_and_grows_with_the_size():
-    small, large = cost(quadratic(symmetric(61))), cost(quadratic(symmetric(601)))
+    (small, _), (large, _) = cost(quadratic(symmetric(61))), cost(quadratic(symmetric(601)))
     assert large.num_bytes == 16 * 601**2
     assert large.num_parameters == 601
     assert 0 < small.seconds < large.seconds
@@ -56,15 +64,15 @@ def test_refusal_for_memory_names_parts_that_fit():
     with pytest.raises(
         ValueError, match=r"got 47 parameters that need .* At most 25 parameters fit.*'head\.\*' \(17\)"
     ):
-        eigenvalues(one, max_bytes=16 * 25**2)
+        exact_spectrum(one, max_bytes=16 * 25**2)
     assert one.num_products == 0
 
 
 def test_refusal_for_time_names_how_many_fit():
     with pytest.raises(ValueError, match=r"must take at most 1e-09 s, got an estimate of .* for 47 parameters"):
-        eigenvalues(quadratic(symmetric(47)), max_seconds=1e-9)
+        exact_spectrum(quadratic(symmetric(47)), max_seconds=1e-9)
 
 
 def test_float32_is_refused():
     with pytest.raises(ValueError, match=r"needs a model in float64, got a machine epsilon of 1\.2e-07"):
-        eigenvalues(quadratic(symmetric(7).float()))
+        exact_spectrum(quadratic(symmetric(7).float()))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.jackknife import standard_error
+from ssat_probe.measures.lanczos import lanczos, ritz
 from ssat_probe.measures.quadrature import Estimate, spectrum_mass
 from ssat_probe.measures.spectrum import WIDEST, runs_of
 from ssat_probe.probes import hessian
@@ -207,8 +209,9 @@ class TestTable:
         pd.testing.assert_frame_equal(one, two)
         for batch_size in (20, 97):
             other = probe.measure(Subject(subject.model, subject.images, subject.labels, batch_size))
-            rounding = one["quantity"].str.match("check_|noise")
-            pd.testing.assert_frame_equal(one[~rounding], other[~rounding], rtol=1e-6, atol=1e-9)
+            rounding = one["quantity"].str.match("check_|noise|data_batches")
+            same = [table[~rounding].drop(columns="data_error") for table in (one, other)]
+            pd.testing.assert_frame_equal(*same, rtol=1e-6, atol=1e-9)
 
     def test_model_is_left_as_found(self, subject):
         before = {name: value.clone() for name, value in subject.model.state_dict().items()}
@@ -245,6 +248,33 @@ class TestTable:
         assert entry(found, "noise_floor")["value"] < 1e-4 * entry(found, "lambda_max")["value"]
 
 
+class TestErrorFromTheData:
+    def test_ends_trace_and_energy_have_one_apart_from_the_others(self, table, subject):
+        assert set(table.loc[table["data_error"].notna(), "quantity"]) == {
+            "lambda_max",
+            "lambda_min",
+            "trace",
+            "negative_energy",
+        }
+        assert (table["data_error"].dropna() > 0).all()
+        assert entry(table, "data_batches")["value"] == 3
+        assert entry(table, "data_products")["value"] == 11
+        top, batches = entry(table, "lambda_max"), list(subject.batches())
+        sizes = np.array([len(batch.images) for batch in batches])
+        ends = []
+        for left_out in range(3):
+            pairs = [(batch, len(batch.images)) for place, batch in enumerate(batches) if place != left_out]
+            operator = HessianOperator(subject.parameters(""), lambda b: subject.loss(b, ""), pairs)
+            krylov = lanczos(operator.product, operator.size, 40)
+            ends.append(ritz(krylov).values[-1])
+        assert top["data_error"] == pytest.approx(standard_error(top["value"], np.array(ends), sizes), rel=0.1)
+
+    def test_it_can_be_left_out(self, subject):
+        found = hessian.Probe(steps=5, jackknife=False).measure(subject)
+        assert found["data_error"].isna().all()
+        assert not found["quantity"].str.startswith("data_").any()
+
+
 class TestRefusals:
     def test_unknown_loss(self, subject):
         with pytest.raises(ValueError, match=r"No 'cross_entropi' in losses: .* Did you mean 'cross_entropy'\?"):
@@ -254,6 +284,12 @@ class TestRefusals:
     def test_options_out_of_range(self, subject, option, value):
         with pytest.raises(ValueError, match=f"{option} must be at least {value + 1}, got {value}"):
             hessian.Probe(**{option: value}).measure(subject)
+
+    def test_limits_of_an_exact_spectrum(self, subject):
+        with pytest.raises(ValueError, match="most_seconds must be more than 0 s, got 0"):
+            hessian.Probe(method="exact", most_seconds=0.0).measure(subject)
+        with pytest.raises(ValueError, match=r"must take at most 0\.001 s, got an estimate of .* At most"):
+            hessian.Probe(method="exact", most_seconds=1e-3).measure(subject)
 
     def test_failed_certificate_comes_before_any_number(self, subject):
         class Noisy(Subject):
