@@ -65,7 +65,9 @@ class Probe:
         Column("low", "", "lower end of what is certain: of value ± residual, or of the bracket of a share"),
         Column("high", "", "upper end of what is certain; for a check, the largest error allowed"),
         Column("standard_error", "", "chance error of the random start vectors, in `unit`"),
-        Column("data_error", "", "standard error from the choice of images, by a jackknife over batches, in `unit`"),
+        Column(
+            "data_error", "", "standard error from the choice of images (jackknife over batches), in `unit`, or empty"
+        ),
         Column("residual", "", "an eigenvalue lies within this distance of the value, in `unit`"),
         Column(
             "converged", "", "1 if the residual is small (or a check passed), 0 if not; empty where it does not apply"

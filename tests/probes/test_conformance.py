@@ -137,10 +137,13 @@ def test_the_same_subject_gives_the_same_table_twice(name: str, checkpoints: Pat
 
 
 def is_measured(table: pd.DataFrame) -> pd.DataFrame:
-    """False where a table holds rounding errors, by which a probe checks itself; they depend on how work is split."""
+    """False where a table holds what depends on how work is split: rounding errors, and errors from batch to batch."""
     measured = pd.DataFrame(data=True, index=table.index, columns=table.columns)
     if "self_check" in table:
         measured["self_check"] = False
+    if "data_error" in table:
+        measured["data_error"] = False
+        measured.loc[table["quantity"].str.startswith("data_")] = False
     if "quantity" in table:
         measured.loc[table["quantity"].str.startswith("check_") | (table["quantity"] == "noise_floor")] = False
     return measured
