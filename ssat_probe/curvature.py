@@ -112,3 +112,24 @@ def operators(
         batches,
         coordinates=coordinates,
     )
+
+
+def shared_parameters(subject: Subject) -> dict[str, Tensor]:
+    """Parameters on which the cross-entropy and, where there is a decoder, the reconstruction both depend: the encoder.
+
+    The head is used by the one alone, the decoder by the other alone.
+
+    Args:
+        subject: Model, images and losses.
+
+    Returns:
+        By name, in the order of the model.
+    """
+    batch = next(subject.batches())
+    everything = subject.parameters()
+    terms = ["cross_entropy"] if subject.decoder is None else ["cross_entropy", "reconstruction"]
+    used = [
+        torch.autograd.grad(subject.loss(batch, term), list(everything.values()), allow_unused=True) for term in terms
+    ]
+    is_shared = [all(one is not None for one in gradients) for gradients in zip(*used, strict=True)]
+    return {name: one for (name, one), is_in in zip(everything.items(), is_shared, strict=True) if is_in}

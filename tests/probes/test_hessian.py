@@ -260,7 +260,7 @@ class TestErrorFromTheData:
         assert entry(table, "data_batches")["value"] == 3
         assert entry(table, "data_products")["value"] == 11
         top, batches = entry(table, "lambda_max"), list(subject.batches())
-        sizes = np.array([len(batch.images) for batch in batches])
+        sizes = np.array([float(len(batch.images)) for batch in batches])
         ends = []
         for left_out in range(3):
             pairs = [(batch, len(batch.images)) for place, batch in enumerate(batches) if place != left_out]
