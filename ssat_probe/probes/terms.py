@@ -10,7 +10,7 @@ from ssat_probe.table import Column
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
     from ssat_probe.measures.eigenspaces import Eigenspace
     from ssat_probe.measures.hessian import HessianOperator
@@ -158,30 +158,43 @@ class Probe:
         return figure
 
     def summary(self, table: "DataFrame") -> "DataFrame":
-        """One row per checkpoint and term.
+        """One row per checkpoint.
 
         Args:
             table: What `measure` gave, with the identity columns.
 
         Returns:
-            Ends (a star: not converged), negative energy, and the overlap with the other terms beside chance.
+            Largest eigenvalue and negative energy of each term, overlap of each pair beside that of random spaces; a
+            star marks what has not converged.
         """
         from pandas import DataFrame
 
         rows = []
-        for (checkpoint, term), one in table.groupby(["checkpoint", "term"], sort=False):
-            row: dict[str, Any] = {"checkpoint": checkpoint, "term": LABELS[str(term)]}
-            for quantity in ("lambda_max", "lambda_min", "negative_energy"):
-                entry = one[one["quantity"] == quantity].iloc[0]
-                row[quantity] = f"{entry['value']:.4g}" + ("*" if entry["converged"] == 0 else "")
-            pairs = table[(table["checkpoint"] == checkpoint) & (table["quantity"] == "overlap")]
-            for other, label in LABELS.items():
-                sides = pairs[pairs[["term", "other"]].isin([term, other]).all(axis=1)]
-                row[f"overlap with {label}"] = f"{sides['value'].iloc[0]:.3g}" if len(sides) else ""
-            chance = table.loc[(table["checkpoint"] == checkpoint) & (table["quantity"] == "chance"), "value"]
-            row["by chance"] = f"{chance.iloc[0]:.2g}" if len(chance) else ""
+        for checkpoint, one in table.groupby("checkpoint", sort=False):
+            row: dict[str, Any] = {"checkpoint": checkpoint}
+            for quantity, symbol in (("lambda_max", "λmax"), ("negative_energy", "energy")):
+                for term, label in LABELS.items():
+                    row[f"{symbol} {label}"] = _cell(one[(one["term"] == term) & (one["quantity"] == quantity)])
+            for (term, other), label in _PAIRS.items():
+                pair = (one["term"] == term) & (one["other"] == other)
+                row[f"overlap {label}"] = _cell(one[pair & (one["quantity"] == "overlap")])
+            row["by chance"] = _cell(one[one["quantity"] == "chance"])
             rows.append(row)
         return DataFrame(rows)
+
+
+def _cell(rows: "DataFrame") -> str:
+    """A number as text, empty where there is none."""
+    if not len(rows):
+        return ""
+    entry = rows.iloc[0]
+    return f"{entry['value']:.3g}" + ("*" if entry["converged"] == 0 else "")
+
+
+def _is_with(table: "DataFrame", other: str) -> "Series":
+    """Rows that compare with a term; none for an empty name, which csv reads as missing."""
+    column = table["other"].astype(object)
+    return column.where(column.notna(), "") == other
 
 
 _SURE = 0.1  # sine of the angle to the true space that an overlap may rest on; ours, no source
@@ -222,7 +235,7 @@ def _draw_spectra(ax: "Axes", table: "DataFrame", label: str) -> None:
     bulk = 1e-3 * max(high, -low) or 1.0
     grid = bulk * np.sinh(np.linspace(np.arcsinh(1.4 * low / bulk), np.arcsinh(1.4 * high / bulk), 401))
     for term, name in LABELS.items():
-        rows = table[(table["term"] == term) & (table["other"].fillna("") == "")].assign(probe=0)
+        rows = table[(table["term"] == term) & _is_with(table, "")].assign(probe=0)
         if len(rows):
             curve = smoothed(rows, grid, bulk)
             ax.plot(grid, np.maximum(curve, 1e-2), color=_COLOURS[term], linestyle=_DASHES[term], label=name)
@@ -264,7 +277,7 @@ def _draw_groups(ax: "Axes", rows: "DataFrame", groups: list[tuple[str, str]], l
     for place, one in enumerate(drawn):
         offset = 0.2 * (place - (len(drawn) - 1) / 2)
         for x, (term, other) in enumerate(groups):
-            own = one.table[(one.table["term"] == term) & (one.table["other"].fillna("") == other)]["value"]
+            own = one.table[(one.table["term"] == term) & _is_with(one.table, other)]["value"]
             spread = x + offset + (np.linspace(-0.06, 0.06, len(own)) if len(own) > 1 else np.zeros(len(own)))
             look: Any = {"color": one.look.colour, "marker": one.look.marker, "linestyle": ""}
             ax.plot(spread, own, alpha=0.7, label=one.label if x == 0 else None, **look)

@@ -26,7 +26,7 @@ Paths = dict[str, Path]
 PROBES = registry.names("probes")
 QUICK: dict[str, dict[str, Any]] = {
     "hessian": {"steps": 9},
-    "terms": {"steps": 9},
+    "terms": {"steps": 5},
     "landscape": {"points": 3, "num_random": 2, "steps": 4, "lines": ("random", "bottom")},
 }
 "Options that make a slow probe quick; everything else runs with its defaults."
