@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg as sparse
@@ -18,6 +19,8 @@ SOLVERS = ("lissa", "cg", "minres")
 MARGIN = 2.0  # damping in units of |λmin|: the smallest damped eigenvalue is |λmin|; ours, cost against distance
 LEAST_SHARE = 0.05  # least damping in units of λmax: LiSSA then needs some 100 products for 1e-3; ours
 SAFETY = 1.2  # scale in units of the smallest that converges; ours, for a λmax known to a per cent
+PILOT_STEPS = 40  # of the Lanczos runs that calibrate; both ends of a network's Hessian are found by then
+BATCH_STEPS = 15  # of those that find λmax of a mini-batch; the largest eigenvalue comes first
 CHECK_EVERY = 25  # stochastic steps between two true residuals; tuned, no source
 _GROWN = 10  # a residual this many times the least one so far is divergence
 _VANISHED = 1e-300
@@ -58,7 +61,10 @@ class Solution:
     residual: float
     "True one, ‖(H + damping) x - v‖ / ‖v‖, with the Hessian over all images."
     num_products: int
+    "Of the Hessian over all images."
     converged: bool
+    num_batch_products: int = 0
+    "Of the Hessians of mini-batches."
 
 
 def calibrate(smallest: float, largest: float, largest_of_a_batch: float | None = None) -> Calibration:
@@ -75,6 +81,34 @@ def calibrate(smallest: float, largest: float, largest_of_a_batch: float | None 
     """
     damping = max(MARGIN * max(-smallest, 0.0), LEAST_SHARE * abs(largest))
     return Calibration(damping, SAFETY * (max(largest, largest_of_a_batch or largest) + damping) / 2)
+
+
+def calibrated(
+    product: Product,
+    size: int,
+    batch_products: Sequence[Product] = (),
+    *,
+    seed: int = 0,
+    precision: float = 2.0**-52,
+    device: torch.device | str = "cpu",
+) -> Calibration:
+    """`calibrate` on what Lanczos runs find: λmin and λmax over all images, the greatest λmax of the mini-batches.
+
+    Args:
+        product: Hessian over all images times vector.
+        size: Dimension.
+        batch_products: Hessian of each mini-batch times vector, if the recursion is to use them.
+        seed: Of the start vectors.
+        precision: Machine epsilon of the products.
+        device: Where vectors live.
+
+    Returns:
+        Damping and scale; ``PILOT_STEPS`` products were spent, and ``BATCH_STEPS`` of each mini-batch.
+    """
+    options: dict[str, Any] = {"seed": seed, "precision": precision, "device": device}
+    pilot = ritz(lanczos(product, size, PILOT_STEPS, **options)).values
+    tops = [float(ritz(lanczos(one, size, BATCH_STEPS, **options)).values[-1]) for one in batch_products]
+    return calibrate(float(pilot[0]), float(pilot[-1]), max(tops, default=None))
 
 
 def from_koh_liang(damping: float, scale: float) -> Calibration:
@@ -98,11 +132,15 @@ def lissa(
     tolerance: float = 1e-3,
     max_steps: int = 10_000,
     batch_products: Sequence[Product] = (),
+    repeats: int = 1,
     seed: int = 0,
 ) -> Solution:
     """Inverse-Hessian-vector product by the recursion h ← h + (v - (H + damping) h) / scale.
 
-    Converges when every eigenvalue λ of the Hessians that are used fulfils 0 < λ + damping < 2 scale.
+    With v / scale for v and (H + damping) / scale for the Hessian this is h ← v + (I - H) h of Agarwal et al., who draw
+    a new sample for H in every step (``batch_products``) and average independent recursions (``repeats``, their S₁;
+    ``max_steps`` is their S₂). Converges when every eigenvalue λ of the Hessians that are used fulfils
+    0 < λ + damping < 2 scale; with mini-batches down to the noise of their differences.
 
     Args:
         product: Hessian over all images times vector.
@@ -112,38 +150,67 @@ def lissa(
         max_steps: Stop there at the latest; the solution then says that it has not converged.
         batch_products: Hessian of each mini-batch times vector: one drawn at random per step. None means that each
             step takes all images, and that its residual is the true one.
+        repeats: Independent recursions whose results are averaged; more than one needs mini-batches.
         seed: Of the draws.
 
     Returns:
-        The best solution whose true residual was seen.
+        The best solution whose true residual was seen; with repeats their mean, with its true residual.
 
     Raises:
-        ValueError: If the recursion diverges: with the direction's curvature, and which number to raise.
+        ValueError: If the recursion diverges: with the direction's curvature, and which number to raise. If repeats
+            would all be the same.
 
     References:
         Agarwal, Bullins & Hazan (2017), JMLR 18(116); Koh & Liang (2017), arXiv 1703.04730, Sec. 3.
     """
+    if repeats < 1 or (repeats > 1 and not batch_products):
+        raise ValueError(
+            f"Repeats average the noise of mini-batches and must be at least 1, got {repeats} with "
+            f"{len(batch_products)} mini-batches. Pass batch_products, or leave repeats out."
+        )
+    limits: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "batch_products": batch_products}
+    chains = [_chain(product, vector, calibration, seed=(seed, i), **limits) for i in range(repeats)]
+    if repeats == 1:
+        return chains[0][0]
+    mean = torch.stack([last for _, last in chains]).mean(dim=0)  # the best seen of each would be biased
+    remaining = vector - product(mean) - calibration.damping * mean
+    residual = float(remaining.norm()) / max(float(vector.norm()), _VANISHED)
+    spent, drawn = (sum(getattr(one, name) for one, _ in chains) for name in ("num_products", "num_batch_products"))
+    return Solution(mean, residual, spent + 1, residual <= tolerance, drawn)
+
+
+def _chain(
+    product: Product,
+    vector: Tensor,
+    calibration: Calibration,
+    *,
+    tolerance: float,
+    max_steps: int,
+    batch_products: Sequence[Product],
+    seed: tuple[int, int],
+) -> tuple[Solution, Tensor]:
+    """One recursion, stopped on its true residual: the best that was seen, and where it ended."""
     draw = np.random.default_rng(seed)
     length = max(float(vector.norm()), _VANISHED)
     now = torch.zeros_like(vector)
     best, least = now, 1.0
-    spent, step = 0, 0
-    while step < max_steps:
+    spent = 0
+    for step in range(max_steps):
         is_true = not batch_products or step % CHECK_EVERY == 0
         one = product if is_true else batch_products[int(draw.integers(len(batch_products)))]
-        image = one(now)
-        remaining = vector - image - calibration.damping * now
-        spent, step = spent + 1, step + 1
+        remaining = vector - one(now) - calibration.damping * now
+        spent += is_true
         if is_true:
             residual = float(remaining.norm()) / length
-            if not residual <= _GROWN * max(least, tolerance):
+            usual = 1.0 if batch_products else max(least, tolerance)  # with mini-batches it goes up and down
+            if not residual <= _GROWN * usual:
                 raise ValueError(_diverged(product, remaining, calibration, residual, spent))
             if residual <= least:
                 best, least = now, residual
             if residual <= tolerance:
                 break
         now = now + remaining / calibration.scale
-    return Solution(best, least, spent, least <= tolerance)
+    return Solution(best, least, spent, least <= tolerance, step + 1 - spent), now
 
 
 def _diverged(product: Product, remaining: Tensor, calibration: Calibration, residual: float, spent: int) -> str:
@@ -206,6 +273,31 @@ def krylov_solve(
     found, _ = getattr(sparse, solver)(matrix, right, **options)
     residual = float(np.linalg.norm(damped(found) - right) / max(float(np.linalg.norm(right)), _VANISHED))
     return Solution(torch.from_numpy(found).to(vector), residual, spent, residual <= tolerance)
+
+
+def inverse_product(
+    product: Product,
+    vector: Float64[Tensor, " parameter"],
+    calibration: Calibration,
+    solver: str = "lissa",
+    *,
+    tolerance: float = 1e-3,
+) -> Solution:
+    """(H + damping)⁻¹ times a vector by any of the solvers, to the same true residual.
+
+    Args:
+        product: Hessian over all images times vector.
+        vector: Right-hand side.
+        calibration: CG and MINRES take its damping alone.
+        solver: One of ``SOLVERS``.
+        tolerance: Of the true residual.
+
+    Returns:
+        The solution; an unknown solver is a ValueError.
+    """
+    if solver == "lissa":
+        return lissa(product, vector, calibration, tolerance=tolerance)
+    return krylov_solve(product, vector, calibration.damping, solver, tolerance=tolerance)
 
 
 @dataclass(frozen=True)

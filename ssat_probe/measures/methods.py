@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from pandas import DataFrame
 from torch import Tensor
 
@@ -14,14 +15,22 @@ from ssat_probe.measures.batches import average_positive, batch_ends, negative_p
 from ssat_probe.measures.certificate import Certificate
 from ssat_probe.measures.exact import exact_spectrum
 from ssat_probe.measures.hessian import Evaluation, HessianOperator
-from ssat_probe.measures.inverse import calibrate, inverse_eigenvalues
+from ssat_probe.measures.inverse import (
+    SOLVERS,
+    Calibration,
+    Solution,
+    calibrated,
+    inverse_eigenvalues,
+    inverse_product,
+    lissa,
+)
 from ssat_probe.measures.jackknife import DataErrors, data_errors
-from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
+from ssat_probe.measures.lanczos import Krylov, lanczos
 from ssat_probe.measures.peers import pyhessian
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
 LISSA_STEPS = 20  # outer Lanczos steps at most: each takes some hundred products; the negative edge comes first
-PILOT_STEPS = 40  # of the Lanczos run that calibrates LiSSA; both ends of a network's Hessian are found by then
+MOST_STEPS = 1000  # of the recursion with mini-batches that is shown beside the others; it stops at their noise
 
 Rows = list[dict[str, Any]]
 
@@ -40,6 +49,8 @@ class Settings:
     "Parameters of the model that the operator does not cover."
     jackknife: bool = False
     "Whether a Lanczos run is followed by a jackknife over batches."
+    solvers: bool = False
+    "Whether the eigenvalues by LiSSA are followed by a comparison of solvers on one right-hand side."
     on_step: Callable[[int], None] | None = None
     on_run: Callable[[Krylov], None] | None = None
     "Given the first Lanczos run, with its basis."
@@ -87,7 +98,7 @@ def compared(
         certificate and gradient, which all share.
     """
     found: dict[str, Rows] = {}
-    settings = replace(settings, jackknife=False)  # an error of the matrix, not of a method
+    settings = replace(settings, jackknife=False, solvers=False)  # not part of what is compared
     for method in methods:
         before, started = operator.num_products, time.perf_counter()
         rows = rows_of(method, operator, certificate, evaluation, settings)
@@ -171,8 +182,7 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
     with operator:
         seed, device = settings.seed, operator.device
         options: dict[str, Any] = {"seed": seed, "device": device}
-        pilot = ritz(lanczos(operator.product, operator.size, PILOT_STEPS, precision=operator.precision, **options))
-        calibration = calibrate(float(pilot.values[0]), float(pilot.values[-1]))
+        calibration = calibrated(operator.product, operator.size, precision=operator.precision, **options)
         found = inverse_eigenvalues(
             operator.product,
             operator.size,
@@ -209,11 +219,39 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
         {"quantity": "damping", "value": calibration.damping, "unit": "loss"},
         {"quantity": "scale", "value": calibration.scale, "unit": "loss"},
         {"quantity": "inner_residual", "value": found.worst_residual},
+        *(_solver_rows(operator, calibration, settings) if settings.solvers else ()),
         *(
             {"quantity": "node", "probe": 0, "index": i, "value": value, "weight": weight, "unit": "loss"}
             for i, (value, weight) in enumerate(zip(values, weights, strict=True))
         ),
     ]
+
+
+def _solver_rows(operator: HessianOperator, calibration: Calibration, settings: Settings) -> Rows:
+    """One damped inverse times one random vector by every solver: true residual, and products that it took."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    vector = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
+    options: dict[str, Any] = {"reduction": operator.reduction, "coordinates": operator.coordinates}
+    parts = [HessianOperator(operator.parameters, operator.loss, [pair], **options) for pair in operator.batches]
+    products = [part.product for part in parts]
+    with operator:
+        found: dict[str, Solution] = {
+            solver: inverse_product(operator.product, vector, calibration, solver) for solver in SOLVERS
+        }
+        if len(parts) > 1:
+            device: dict[str, Any] = {"precision": operator.precision, "device": operator.device}
+            noisy = calibrated(operator.product, operator.size, products, seed=settings.seed, **device)
+            found["lissa_batches"] = lissa(
+                operator.product, vector, noisy, batch_products=products, max_steps=MOST_STEPS, seed=settings.seed
+            )
+    rows: Rows = []
+    for solver, solution in found.items():
+        flag = {"converged": float(solution.converged)}
+        rows.append({"quantity": f"inverse_residual_{solver}", "value": solution.residual} | flag)
+        # one of a mini-batch counts as the share of the images that it holds
+        spent = solution.num_products + solution.num_batch_products / len(parts)
+        rows.append({"quantity": f"inverse_products_{solver}", "value": spent})
+    return rows
 
 
 def _batches(operator: HessianOperator, settings: Settings) -> Rows:

@@ -113,6 +113,7 @@ class Probe:
             max_seconds=self.most_seconds,
             bystanders=tuple(everything.values()),
             jackknife=self.jackknife,
+            solvers=True,
             on_step=on_step,
             on_run=on_run,
         )

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from ssat_probe.measures.inverse import Calibration, calibrate, from_koh_liang, inverse_eigenvalues, krylov_solve, lissa
+from ssat_probe.measures.inverse import (
+    SOLVERS,
+    Calibration,
+    calibrate,
+    calibrated,
+    from_koh_liang,
+    inverse_eigenvalues,
+    inverse_product,
+    krylov_solve,
+    lissa,
+)
 
 SIZE = 53
 
@@ -60,6 +70,30 @@ class TestLissa:
         assert found.converged
         assert found.residual == pytest.approx(true, rel=1e-6)
 
+    def test_is_the_recursion_of_agarwal_and_others(self, matrix, vector):
+        damping, scale, depth = 1.1, 11.0, 40
+        scaled = (matrix + damping * torch.eye(SIZE).double()) / scale  # between 0 and 1, as they ask
+        theirs = vector / scale
+        for _ in range(depth):
+            theirs = vector / scale + theirs - scaled @ theirs
+        ours = lissa(matrix.__matmul__, vector, Calibration(damping, scale), tolerance=0.0, max_steps=depth + 2)
+        torch.testing.assert_close(ours.vector, theirs, rtol=1e-12, atol=1e-14)
+
+    def test_repeats_average_the_noise_of_mini_batches(self, matrix, vector):
+        noise = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 50
+        products = [(matrix + sign * (noise + noise.T)).__matmul__ for sign in (1, -1)]
+        calibration = calibrated(matrix.__matmul__, SIZE, products)
+        options = {"tolerance": 1e-9, "batch_products": products, "max_steps": 150}
+        few = [lissa(matrix.__matmul__, vector, calibration, repeats=3, seed=seed, **options) for seed in range(5)]
+        many = lissa(matrix.__matmul__, vector, calibration, repeats=75, seed=7, **options)
+        exact = solved(matrix, calibration.damping, vector)
+        errors = [float((found.vector - exact).norm()) for found in (*few, many)]
+        assert errors[-1] < 0.4 * np.mean(errors[:-1])  # a fifth, but for chance
+        assert (many.num_products, many.num_batch_products) == (75 * 6 + 1, 75 * 144)
+        assert not many.converged
+        with pytest.raises(ValueError, match="at least 1, got 2 with 0 mini-batches"):
+            lissa(matrix.__matmul__, vector, calibration, repeats=2)
+
     def test_too_few_steps_are_told(self, matrix, vector):
         found = lissa(matrix.__matmul__, vector, calibrate(-0.61, 7.3), tolerance=1e-9, max_steps=3)
         assert not found.converged
@@ -75,6 +109,14 @@ class TestLissa:
             ValueError, match=r"scale of LiSSA must exceed half.*curvature 7\.[23].* with scale 3\. Raise"
         ):
             lissa(matrix.__matmul__, vector, Calibration(1.0, 3.0))
+
+    def test_calibration_finds_the_ends_by_itself(self, matrix, eigenvalues):
+        one = calibrated(matrix.__matmul__, SIZE)
+        by_hand = calibrate(eigenvalues[0], eigenvalues[-1])
+        assert (one.damping, one.scale) == pytest.approx((by_hand.damping, by_hand.scale))
+        larger = calibrated(matrix.__matmul__, SIZE, [matrix.__matmul__, (2 * matrix).__matmul__])
+        assert larger.damping == pytest.approx(one.damping)
+        assert larger.scale == pytest.approx(calibrate(eigenvalues[0], eigenvalues[-1], 2 * eigenvalues[-1]).scale)
 
     def test_calibration_stands_clear_of_both_conditions(self):
         one = calibrate(-0.5, 9.0, 12.0)
@@ -99,6 +141,14 @@ class TestKrylovSolve:
     def test_unknown_solver(self, vector):
         with pytest.raises(ValueError, match="must be one of cg, minres, got 'gmres'"):
             krylov_solve(lambda x: x, vector, 1.0, "gmres")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_has_the_same_interface(matrix, vector, solver):
+    calibration = calibrated(matrix.__matmul__, SIZE)
+    found = inverse_product(matrix.__matmul__, vector, calibration, solver, tolerance=1e-7)
+    assert found.converged
+    torch.testing.assert_close(found.vector, solved(matrix, calibration.damping, vector), rtol=0, atol=1e-5)
 
 
 class TestEigenvalues:

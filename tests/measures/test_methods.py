@@ -108,3 +108,12 @@ def test_one_method_alone_has_no_prefix(operator):
     rows = rows_of("exact", operator, certify(operator), operator.evaluate(), Settings())
     assert methods_in(DataFrame(rows)) == []
     assert sum(row["quantity"] == "eigenvalue" for row in rows) == operator.size
+
+
+def test_lissa_alone_shows_every_solver_on_one_right_hand_side(operator):
+    rows = DataFrame(rows_of("lissa", operator, certify(operator), operator.evaluate(), Settings(solvers=True)))
+    for solver in ("lissa", "cg", "minres"):
+        assert entry_of(rows, f"inverse_residual_{solver}")["value"] <= 1e-3
+        assert entry_of(rows, f"inverse_residual_{solver}")["converged"] == 1
+        assert entry_of(rows, f"inverse_products_{solver}")["value"] >= 1
+    assert entry_of(rows, "inverse_residual_lissa_batches")["value"] < 1
