@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssat_probe.registry import known
 from ssat_probe.table import Column
@@ -101,7 +101,7 @@ class Probe:
         self._check()
         subject = in_float64(subject) if "exact" in (self.method, *self.compare) else subject
         everything = subject.parameters(self.loss)
-        chosen = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
+        chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
         plain, operator = operators(subject, everything, self.loss, **chosen)
         certificate, evaluation = certify(operator), plain.evaluate()
         on_run = None if self.vectors is None else partial(self._keep, self.vectors, subject, self.loss)
