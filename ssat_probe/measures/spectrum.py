@@ -36,12 +36,13 @@ def ends(krylovs: Sequence[Krylov]) -> list[dict[str, Any]]:
                 | {"residual": residual, "converged": float(one.converged[place]), "unit": "loss"}
             )
     top, bottom = listed[0], listed[num]
+    beyond = min(map(beyond_ends, krylovs))  # infinite where it says nothing
     ratio = max(-bottom["value"], 0.0) / top["value"] if top["value"] > 0 else float("nan")
     return [
         top | {"quantity": "lambda_max", "index": 0},
         bottom | {"quantity": "lambda_min", "index": 0},
         {"quantity": "lambda_ratio", "value": ratio},
-        {"quantity": "beyond_ends", "value": min(map(beyond_ends, krylovs)), "unit": "loss"},
+        {"quantity": "beyond_ends", "value": beyond if np.isfinite(beyond) else np.nan, "unit": "loss"},
         *listed,
     ]
 
