@@ -1,13 +1,17 @@
 """Proof, on the model at hand, that Hessian-vector products are what they claim to be; taken before any number."""
 
 import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssat_probe.measures.batching import pieces, turned
 from ssat_probe.measures.hessian import Evaluation, HessianOperator, random_state_kept
 
 
@@ -48,8 +52,8 @@ DOUBLE = Tolerances(1e-10, 1e-10, 1e-6, (1e-5, 1e-6, 1e-4))
 SINGLE = Tolerances(1e-5, 1e-5, 2e-3, (3e-4, 1e-3, 1e-4, 3e-3))
 
 
-def certify(operator: HessianOperator, *, seed: int = 0) -> Certificate:
-    """Check determinism, symmetry and one finite-difference direction of an operator, in this order.
+def certify(operator: HessianOperator, *, seed: int = 0, evaluated: HessianOperator | None = None) -> Certificate:
+    """Check determinism, reduction, symmetry and one finite-difference direction of an operator, in this order.
 
     Costs about nine products and four gradients. The test directions are half random, so that every parameter
     takes part, and half a product with that random vector, so that errors in the large curvature are not diluted.
@@ -57,9 +61,11 @@ def certify(operator: HessianOperator, *, seed: int = 0) -> Certificate:
     Args:
         operator: As it will be used; parameters and random state are left as found.
         seed: Of the test directions.
+        evaluated: Whose loss is cut into halves for the reduction, where it is another operator's; by default the
+            operator's own.
 
     Returns:
-        What was measured and allowed, and the noise floor.
+        What was measured and allowed, and the noise floor; no check of the reduction where no batch can be cut.
 
     Raises:
         ValueError: If a check fails, with its name, what was measured and allowed, and what to do; or if the dtype is
@@ -72,12 +78,54 @@ def certify(operator: HessianOperator, *, seed: int = 0) -> Certificate:
         )
     allowed = DOUBLE if operator.precision < 1e-12 else SINGLE
     generator = torch.Generator().manual_seed(seed)
-    determinism = _determinism(operator, _unit(_gaussian(operator, generator)), allowed.determinism)
+    with _images_alone():
+        determinism = _determinism(operator, _unit(_gaussian(operator, generator)), allowed.determinism)
+    reduction = _reduction(evaluated or operator, allowed.determinism)
     first, second = (_leaning(operator, _gaussian(operator, generator)) for _ in range(2))
     image = operator.product(first)
     symmetry = _symmetry(operator, first, second, image, allowed.symmetry)
     difference = _finite_difference(operator, first, allowed)
-    return Certificate((determinism, symmetry, difference), _noise(operator, first, image, generator))
+    checks = (determinism, *reduction, symmetry, difference)
+    return Certificate(checks, _noise(operator, first, image, generator))
+
+
+def _reduction(operator: HessianOperator, allowed: float) -> tuple[Check, ...]:
+    """Loss and gradient of one batch against the mean of its halves: differ where images do not count by themselves."""
+    batch, num = next(((batch, num) for batch, num in operator.batches if num > 1), (None, 0))
+    halves = list(pieces(batch, num, -(-num // 2))) if num else []
+    if len(halves) < 2 or any(half is batch for half, _ in halves):
+        return ()
+    whole, parts = (
+        HessianOperator(operator.parameters, operator.loss, some, reduction=operator.reduction).evaluate()
+        for some in ([(batch, num)], halves)
+    )
+    measured = max(
+        _apart(torch.tensor([whole.loss]).double(), torch.tensor([parts.loss]).double()),
+        _apart(whole.gradient, parts.gradient) if float(whole.gradient.norm()) > operator.precision else 0.0,
+    )
+    advice = (
+        "the loss of a batch is not the mean (or sum, if so declared) over its images; look for a wrong reduction, "
+        "batch normalisation in training mode, and losses that compare images with each other"
+    )
+    return (_passed(Check("reduction", measured, allowed), advice, measured > allowed),)
+
+
+@contextmanager
+def _images_alone() -> Iterator[None]:
+    """Refuse, before it runs, a layer that mixes the images of a batch."""
+
+    def refuse(module: nn.Module, _: object) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"Each image must count by itself, got {type(module).__name__} in training mode, which normalises over "
+                "the batch: curvature would depend on how images are grouped. Call model.eval()."
+            )
+
+    handle = nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _determinism(operator: HessianOperator, vector: Tensor, allowed: float) -> Check:
@@ -155,11 +203,32 @@ def _finite_difference(operator: HessianOperator, vector: Tensor, tolerances: To
 
 
 def _noise(operator: HessianOperator, vector: Tensor, image: Tensor, generator: torch.Generator) -> float:
-    """How far a product moves when weights move by one unit in the last place and the vector is scaled by three."""
+    """Change of a product with weights one unit in the last place off, vector times 3, images in reverse order."""
     signs = torch.randint(0, 2, (operator.size,), generator=generator).to(vector) * 2 - 1
     weights = torch.cat([parameter.detach().reshape(-1).double() for parameter in operator.parameters.values()])
-    with operator.moved(signs * operator.precision * operator.restricted(weights)):
+    with operator.moved(signs * operator.precision * operator.restricted(weights)), _reversed(operator):
         return float((operator.product(3 * vector) / 3 - image).norm())
+
+
+@contextmanager
+def _reversed(operator: HessianOperator) -> Iterator[None]:
+    """The operator with its batches from the last to the first, and each from its last image to its first."""
+    batches = operator.batches
+    operator.batches = _Reversed(batches)
+    try:
+        yield
+    finally:
+        operator.batches = batches
+        operator.release()
+
+
+class _Reversed:
+    def __init__(self, batches: Iterable[tuple[Any, int]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for batch, num in reversed(list(self._batches)):
+            yield turned(batch, num), num
 
 
 def _passed(check: Check, advice: str, is_failed: bool | None = None) -> Check:

@@ -58,6 +58,7 @@ def gauss_newton(
     batches: Iterable[tuple[Any, int]],
     *,
     coordinates: Int[Tensor, " coordinate"] | None = None,
+    is_sharded: bool = False,
 ) -> HessianOperator:
     """Gauss-Newton matrix as an operator, for losses that are means over the images of a batch.
 
@@ -71,6 +72,7 @@ def gauss_newton(
         output: Network output of a batch.
         batches: As for `HessianOperator`; read once here to freeze the outputs (that many numbers are kept).
         coordinates: As for `HessianOperator`.
+        is_sharded: As for `HessianOperator`.
 
     Returns:
         The operator.
@@ -78,20 +80,21 @@ def gauss_newton(
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         frozen = [output(batch).values.detach().clone() for batch, _ in batches]
 
-    def loss(numbered: tuple[int, Any]) -> Tensor:
-        place, batch = numbered
+    def loss(pair: tuple[Tensor, Any]) -> Tensor:
+        before, batch = pair
         now = output(batch)
-        return now.half_square(now.values - frozen[place], frozen[place])
+        return now.half_square(now.values - before, before)
 
-    return HessianOperator(parameters, loss, _Numbered(batches), coordinates=coordinates)
+    pairs = _WithFrozen(batches, frozen)
+    return HessianOperator(parameters, loss, pairs, coordinates=coordinates, is_sharded=is_sharded)
 
 
-class _Numbered:
-    """Batches with their places."""
+class _WithFrozen:
+    """Batches with their frozen outputs."""
 
-    def __init__(self, batches: Iterable[tuple[Any, int]]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterable[tuple[Any, int]], frozen: list[Tensor]) -> None:
+        self._batches, self._frozen = batches, frozen
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, Any], int]]:
-        for place, (batch, num) in enumerate(self._batches):
-            yield (place, batch), num
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Any], int]]:
+        for values, (batch, num) in zip(self._frozen, self._batches, strict=True):
+            yield (values, batch), num

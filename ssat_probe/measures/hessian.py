@@ -17,6 +17,8 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssat_probe.measures.processes import gathered, summed
+
 CHUNK = 64  # vectors of one batched product; tuned on a 3,000-parameter ViT, no source
 DENSE_BYTES = 2 * 2**30  # largest dense Hessian that is assembled without being asked
 _NOT_TWICE = ("not implemented", "derivative for", "double backward", "differentiate twice", "backward of backward")
@@ -41,8 +43,9 @@ class HessianOperator:
     math kernel during the forward pass, because fused attention has no second derivative. Nothing of the model is
     changed: no ``.grad``, no mode, no random state.
 
-    Inside a ``with`` block the graph of a first backward pass is kept between products where there is one batch only
-    (about 1.6 times faster); it is released at the end of the block. Otherwise each product makes its own graphs.
+    Inside a ``with`` block the graph of a first backward pass is kept between products (about 1.6 times faster): where
+    there is one batch only, or for every batch if `keeps` says so. It is released at the end of the block. Otherwise
+    each product makes its own graphs.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class HessianOperator:
         *,
         reduction: str = "mean",
         coordinates: Int[Tensor, " coordinate"] | None = None,
+        is_sharded: bool = False,
     ) -> None:
         """Nothing is computed yet.
 
@@ -62,6 +66,7 @@ class HessianOperator:
             batches: Pairs of (batch, number of its images), the same at every iteration; not an iterator.
             reduction: ``"mean"`` or ``"sum"``: what ``loss`` does over the images of a batch.
             coordinates: Restrict the space to these places of the concatenation; None means all of them.
+            is_sharded: The batches are this process's share; loss, gradient and products are those of all processes.
 
         Raises:
             ValueError: If there are no parameters, one is given twice, the batches can be read only once, or the
@@ -87,8 +92,11 @@ class HessianOperator:
         self.num_images = 0
         "Images that went through products so far: number of images times number of products."
         self.loss = loss
+        self.keeps: bool | None = None
+        "Whether graphs are kept in a ``with`` block; None means that of a single batch."
+        self.is_sharded = is_sharded
         self._is_open = False
-        self._graph: tuple[list[Tensor | None], int] | None = None
+        self._kept: list[tuple[list[Tensor | None], int]] = []
         ends = np.cumsum([0, *(parameter.numel() for parameter in parameters.values())])
         self.coordinates = None if coordinates is None else coordinates.to(self.device)
         self._slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
@@ -114,18 +122,18 @@ class HessianOperator:
         return max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
 
     def __enter__(self) -> "HessianOperator":
-        """Keep the graph of a single batch between products from here on."""
+        """Keep graphs between products from here on."""
         self._is_open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the graph."""
+        """Release the graphs."""
         self._is_open = False
         self.release()
 
     def release(self) -> None:
-        """Forget the kept graph; the next product makes a new one."""
-        self._graph = None
+        """Forget the kept graphs; the next product makes new ones."""
+        self._kept = []
 
     def product(self, vector: Float64[Tensor, " parameter"]) -> Float64[Tensor, " parameter"]:
         """Hessian times one vector.
@@ -160,13 +168,14 @@ class HessianOperator:
         with _undisturbed():
             vectors = self._embedded(vectors.clone())  # a plain tensor, also of one that inference mode made
             total = torch.zeros_like(vectors)
-            for gradients, num in self._graphs():
+            for gradients, num, is_kept in self._graphs():
                 share = num if self.reduction == "mean" else 1
-                total += share * self._second(gradients, vectors, retain_graph=self._graph is not None)
+                self._add_second(total, share, gradients, vectors, retain_graph=is_kept)
                 num_images += num
+            total, num_images = self._over_processes(total, num_images)
         self.num_products += len(vectors)
         self.num_images += num_images * len(vectors)
-        return self.restricted(total) / num_images
+        return self.restricted(total).div_(num_images)
 
     def evaluate(self) -> Evaluation:
         """Mean loss and gradient over all images.
@@ -186,9 +195,20 @@ class HessianOperator:
                         gradient[place] += share * block.detach().reshape(-1).double()
                 losses.append(float(loss.detach()) * share / num)
                 sizes.append(num)
+        gradient, num_images = self._over_processes(gradient, sum(sizes))
+        if self.is_sharded:
+            losses, sizes = gathered(losses), gathered(sizes)
         loss_sum = sum(loss * num for loss, num in zip(losses, sizes, strict=True))
-        gradient = self.restricted(gradient) / sum(sizes)
-        return Evaluation(loss_sum / sum(sizes), gradient, tuple(losses), tuple(sizes))
+        return Evaluation(loss_sum / num_images, self.restricted(gradient) / num_images, tuple(losses), tuple(sizes))
+
+    def _over_processes(self, total: Tensor, num_images: int) -> tuple[Tensor, int]:
+        """Sums over all images, where each process has seen its share."""
+        if self.is_sharded:
+            total = summed(total)
+            num_images = int(summed(torch.tensor(num_images, device=total.device)))
+        if not num_images:
+            raise ValueError("A mean loss needs at least one batch, got none. Check the data set and its subset.")
+        return total, num_images
 
     @contextmanager
     def moved(self, displacement: Float64[Tensor, " parameter"]) -> Iterator[Float64[Tensor, " parameter"]]:
@@ -241,25 +261,25 @@ class HessianOperator:
         """Batches with their sizes, and whether there is one only."""
         iterator = iter(self.batches)
         head = list(itertools.islice(iterator, 2))
-        if not head:
-            raise ValueError("A mean loss needs at least one batch, got none. Check the data set and its subset.")
-        is_only = len(head) == 1
         for pairs in (head, iterator):
             for batch, num in pairs:
                 if num < 1:
                     raise ValueError(f"A batch must hold at least one image, got {num}. Leave empty batches out.")
-                yield batch, num, is_only
+                yield batch, num, len(head) == 1
 
-    def _graphs(self) -> Iterator[tuple[list[Tensor | None], int]]:
-        """First derivatives that can be differentiated again, batch by batch."""
-        if self._graph is not None:
-            yield self._graph
+    def _graphs(self) -> Iterator[tuple[list[Tensor | None], int, bool]]:
+        """First derivatives that can be differentiated again, batch by batch; and whether they are used once more."""
+        if self._kept:
+            yield from ((gradients, num, True) for gradients, num in self._kept)
             return
+        kept = []
         for batch, num, is_only in self._sized():
-            graph = self._differentiate([self._forward(batch)], None, create_graph=True), num
-            if is_only and self._is_open:
-                self._graph = graph
-            yield graph
+            gradients = self._differentiate([self._forward(batch)], None, create_graph=True)
+            is_kept = self._is_open and (is_only if self.keeps is None else self.keeps)
+            if is_kept:
+                kept.append((gradients, num))
+            yield gradients, num, is_kept
+        self._kept = kept
 
     def _forward(self, batch: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -271,16 +291,17 @@ class HessianOperator:
             )
         return loss.reshape(())
 
-    def _second(self, gradients: list[Tensor | None], vectors: Tensor, *, retain_graph: bool) -> Tensor:
-        """Derivatives of ``gradients`` along each of the vectors, for one batch."""
-        total = torch.zeros_like(vectors)
+    def _add_second(
+        self, total: Tensor, share: int, gradients: list[Tensor | None], vectors: Tensor, *, retain_graph: bool
+    ) -> None:
+        """Add derivatives of ``gradients`` along each of the vectors, for one batch."""
         pairs = [
             (gradient, vectors[:, place].to(gradient.dtype).reshape(len(vectors), *gradient.shape))
             for gradient, place in zip(gradients, self._slices, strict=True)
             if gradient is not None and gradient.requires_grad
         ]
         if not pairs:  # a loss that is linear in all parameters, or has none that can be trained
-            return total
+            return
         outputs = [gradient for gradient, _ in pairs]
         if len(vectors) == 1:
             blocks = self._differentiate(outputs, [along[0] for _, along in pairs], retain_graph=retain_graph)
@@ -289,8 +310,7 @@ class HessianOperator:
             blocks = self._differentiate(outputs, many, retain_graph=retain_graph, is_grads_batched=True)
         for place, block in zip(self._slices, blocks, strict=True):
             if block is not None:
-                total[:, place] = block.detach().reshape(len(vectors), -1).double()
-        return total
+                total[:, place] += share * block.detach().reshape(len(vectors), -1).double()
 
     def _differentiate(self, outputs: list[Tensor], along: list[Tensor] | None, **options: bool) -> list[Tensor | None]:
         """One entry per parameter: derivative of the outputs, None where it is zero throughout."""

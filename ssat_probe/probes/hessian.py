@@ -103,7 +103,7 @@ class Probe:
         everything = subject.parameters(self.loss)
         chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
         plain, operator = operators(subject, everything, self.loss, **chosen)
-        certificate, evaluation = certify(operator), plain.evaluate()
+        certificate, evaluation = certify(operator, evaluated=plain), plain.evaluate()
         on_run = None if self.vectors is None else partial(self._keep, self.vectors, subject, self.loss)
         settings = Settings(
             self.steps,

@@ -45,9 +45,11 @@ class TestPasses:
         before = [parameter.detach().clone() for parameter in model.parameters()]
         random_state = torch.get_rng_state()
         certificate = certify(operator)
-        assert [check.name for check in certificate.checks] == ["determinism", "symmetry", "finite difference"]
+        names = ["determinism", "reduction", "symmetry", "finite difference"]
+        assert [check.name for check in certificate.checks] == names
         allowed = DOUBLE if dtype == torch.float64 else SINGLE
         assert [check.allowed for check in certificate.checks] == [
+            allowed.determinism,
             allowed.determinism,
             allowed.symmetry,
             allowed.finite_difference,
@@ -79,7 +81,86 @@ class TestPasses:
         with operator:
             operator.product(torch.ones(operator.size, dtype=torch.float64))
             certify(operator)
-            assert operator._graph is None
+            assert not operator._kept
+
+
+class TestImagesAlone:
+    """Losses in which the images of a batch do not count by themselves."""
+
+    def net(self) -> nn.Module:
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def test_batch_norm_in_training_mode_is_named_and_left_alone(self):
+        model = self.net()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"got BatchNorm1d in training mode, .* Call model\.eval\(\)"):
+            certify(operator_of(model, batches()))
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        assert model.training
+        model(batches()[0][0][0])  # nobody watches any more
+
+    def test_batch_norm_in_eval_mode_passes(self):
+        assert certify(operator_of(self.net().eval(), batches())).checks[1].measured < 1e-14
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_loss_that_compares_images_is_refused(self, dtype):
+        model = vit(dtype)
+
+        def contrast(batch):
+            logits = model(batch[0])
+            return F.cross_entropy(logits @ logits.T, torch.arange(len(logits)))
+
+        with pytest.raises(
+            ValueError, match=r"check of reduction, got .* is allowed: .* not the mean .* compare images"
+        ):
+            certify(HessianOperator(dict(model.named_parameters()), contrast, batches(dtype)))
+
+    @pytest.mark.parametrize("declared", ["mean", "sum"])
+    def test_wrongly_declared_reduction_is_refused(self, declared):
+        model, other = vit(), {"mean": "sum", "sum": "mean"}[declared]
+        operator = HessianOperator(
+            dict(model.named_parameters()),
+            lambda b: F.cross_entropy(model(b[0]), b[1], reduction=other),
+            batches(),
+            reduction=declared,
+        )
+        with pytest.raises(ValueError, match="check of reduction"):
+            certify(operator)
+
+    def test_batches_that_cannot_be_cut_go_without_this_check(self):
+        weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        found = certify(HessianOperator({"weight": weight}, lambda _: (weight**4).sum(), [(None, 7)]))
+        assert [check.name for check in found.checks] == ["determinism", "symmetry", "finite difference"]
+
+
+class TestNoise:
+    def test_order_of_the_images_is_part_of_it_and_comes_back(self):
+        seen = []
+
+        class Ordered:
+            def __iter__(self):
+                seen.append(1)
+                return iter(batches(torch.float32))
+
+        source = Ordered()
+        operator = operator_of(vit(torch.float32), source)
+        vector = torch.ones(operator.size, dtype=torch.float64)
+        before = operator.product(vector)
+        certify(operator)
+        assert operator.batches is source
+        assert torch.equal(operator.product(vector), before)
+
+        labels: list[list[int]] = []
+        model = vit()
+
+        def loss(batch):
+            labels.append(batch[1].tolist())
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+        certify(HessianOperator(dict(model.named_parameters()), loss, batches()))
+        forward = [batch[1].tolist() for batch, _ in batches()]
+        assert labels[-3:] == [one[::-1] for one in forward[::-1]]
 
 
 class TestDeterminism:
@@ -194,6 +275,24 @@ class TestWrongProducts:
         with pytest.raises(ValueError, match=r"check of finite difference, got .* 1e-06 is allowed: .* detached"):
             certify(HessianOperator({"weight": weight}, lambda batch: weight @ weight.detach() ** 3, [(None, 1)]))
         assert weight.grad is None
+
+    def test_own_operation_whose_second_derivative_is_silently_zero_fails_the_finite_difference(self):
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x**2
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, gradient):
+                return 2 * ctx.saved_tensors[0] * gradient
+
+        weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        operator = HessianOperator({"weight": weight}, lambda _: Square.apply(weight).sum(), [(None, 1)])
+        assert operator.product(torch.ones(5, dtype=torch.float64)).eq(0).all()  # torch says nothing
+        with pytest.raises(ValueError, match=r"check of finite difference, got .* is not the derivative"):
+            certify(operator)
 
     def test_parameters_are_restored_when_the_loss_fails_on_the_way(self):
         weight = torch.randn(5, dtype=torch.float64, requires_grad=True)

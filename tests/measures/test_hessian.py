@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -162,7 +163,7 @@ class TestBatches:
         with operator:
             kept = [operator.product(vector) for vector in vectors]
             assert len(reads) == 1
-        assert operator._graph is None
+        assert not operator._kept
         torch.testing.assert_close(kept, fresh, rtol=1e-13, atol=1e-15)
 
     def test_several_vectors_at_once_are_the_single_products(self, vit, images):
@@ -325,6 +326,89 @@ class TestRefusals:
         operator = HessianOperator({"query": query}, loss, [(None, 1)])
         with pytest.raises(ValueError, match=r"twice differentiable in plain PyTorch, got: .*flash_attention"):
             operator.product(torch.ones(48, dtype=torch.float64))
+
+
+class FusedSquare(torch.autograd.Function):
+    """A user's own operation, whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+ARCHITECTURES = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}),
+    "deit_distilled": (
+        "deit_tiny_distilled_patch16_224",
+        {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3},
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2)},
+    ),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10)}),
+    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (4, 6, 8, 10)}),
+}
+
+
+class TestForeignArchitectures:
+    """timm's networks as timm builds them: nobody touches attention flags or fused kernels."""
+
+    @pytest.fixture(params=ARCHITECTURES)
+    def model(self, request) -> nn.Module:
+        torch.manual_seed(3)
+        name, sizes = ARCHITECTURES[request.param]
+        model = timm.create_model(name, num_classes=3, **sizes).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return model
+
+    def batches(self, model: nn.Module) -> list:
+        generator = torch.Generator().manual_seed(5)
+        size = 32 if "dims" in str(model.default_cfg) or not hasattr(model, "patch_embed") else 0
+        side = size or model.patch_embed.img_size[0]
+        pixels = torch.randn(5, 3, side, side, generator=generator, dtype=torch.float64)
+        return cut((pixels, torch.randint(0, 3, (5,), generator=generator)), 3)
+
+    def test_product_is_the_derivative_of_the_gradient_and_nothing_is_left_behind(self, model):
+        assert any(getattr(module, "fused_attn", True) for module in model.modules())
+        operator = operator_of(model, self.batches(model))
+        vector = vector_for(operator)
+        before = TestLeavesNothingBehind().state(model)
+        fused = [getattr(module, "fused_attn", None) for module in model.modules()]
+        image = operator.product(vector)
+
+        def difference(step: float) -> torch.Tensor:
+            with operator.moved(step * vector):
+                ahead = operator.evaluate().gradient
+            with operator.moved(-step * vector):
+                return (ahead - operator.evaluate().gradient) / (2 * step)
+
+        extrapolated = (4 * difference(5e-5) - difference(1e-4)) / 3
+        assert relative(image, extrapolated) < 1e-6
+        torch.testing.assert_close(TestLeavesNothingBehind().state(model), before, rtol=0, atol=0)
+        assert [getattr(module, "fused_attn", None) for module in model.modules()] == fused
+
+    def test_product_is_symmetric_and_several_at_once_are_the_same(self, model):
+        operator = operator_of(model, self.batches(model))
+        one, two = vector_for(operator), vector_for(operator, 1)
+        image, other = operator.product(one), operator.product(two)
+        assert abs(two @ image - one @ other) < 1e-12 * float(image.norm() + other.norm())
+        torch.testing.assert_close(operator.products(torch.stack([one, two])), torch.stack([image, other]))
+
+    def test_own_operation_that_cannot_be_differentiated_twice_is_named(self):
+        weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        operator = HessianOperator({"weight": weight}, lambda _: FusedSquare.apply(weight).exp().sum(), [(None, 1)])
+        with pytest.raises(ValueError, match=r"twice differentiable in plain PyTorch, got: .*once_differentiable"):
+            operator.product(torch.ones(3, dtype=torch.float64))
+        assert weight.grad is None
 
 
 class HandWrittenNorm(nn.Module):

@@ -184,7 +184,12 @@ class TestTable:
         assert entry(table, "num_products")["value"] >= 2 * STEPS
         assert (table["quantity"] == "node").sum() == 2 * STEPS
         checks = table[table["quantity"].str.startswith("check_")]
-        assert checks["quantity"].tolist() == ["check_determinism", "check_symmetry", "check_finite_difference"]
+        assert checks["quantity"].tolist() == [
+            "check_determinism",
+            "check_reduction",
+            "check_symmetry",
+            "check_finite_difference",
+        ]
         assert (checks["value"] <= checks["high"]).all()
 
     def test_fraction_below_zero_is_refused_as_a_number_when_its_bracket_is_wide(self, table):

@@ -1,0 +1,64 @@
+"""Several processes that share the work: sums and lists over all of them, or over the one there is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def place() -> tuple[int, int]:
+    """Which process this is.
+
+    Returns:
+        Its number from 0, and how many there are; (0, 1) without a process group.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Sum over all processes.
+
+    Args:
+        tensor: Of the same shape everywhere; may be changed in place.
+
+    Returns:
+        The same numbers in every process.
+    """
+    if place()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gathered(entries: list[Any]) -> list[Any]:
+    """The lists of all processes, one after another.
+
+    Args:
+        entries: Plain values.
+
+    Returns:
+        The same list in every process.
+    """
+    num = place()[1]
+    if num == 1:
+        return entries
+    lists: list[list[Any]] = [[] for _ in range(num)]
+    distributed.all_gather_object(lists, entries)
+    return [entry for one in lists for entry in one]
+
+
+def first(value: Any) -> Any:
+    """What the first process has.
+
+    Args:
+        value: Plain value; that of the other processes is not looked at.
+
+    Returns:
+        The same value in every process.
+    """
+    if place()[1] == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
