@@ -113,13 +113,16 @@ def draw(name: str, table: "DataFrame") -> "Figure":
         The figure.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column that is drawn is missing; those of later versions may be.
     """
     probe = make(name)
-    for column in ("checkpoint", *(column.name for column in probe.columns if not column.of)):
-        if column not in table:
-            raise ValueError(f"A table of {name} must have a column {column!r}, got none; pass one the probe wrote.")
-    return probe.draw(table)
+    try:
+        table["checkpoint"]
+        return probe.draw(table)
+    except KeyError as error:
+        raise ValueError(
+            f"A table of {name} must have a column {error}, got none; pass one the probe wrote."
+        ) from error
 
 
 def measure_all(

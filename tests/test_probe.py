@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ssat_probe import drawing, probe
+from ssat_probe import drawing, probe, registry
 from ssat_probe.checkpoint import load_checkpoint, save_checkpoint
 from ssat_probe.sample import Sample
 from ssat_probe.table import read_table
@@ -161,6 +161,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
             probe.make("accuracy"), [checkpoints["ssat"]], SAMPLE, tmp_path / "file" / "sub", lambda *t: seen.append(t)
         )
     assert not seen
+
+
+FIGURES = Path(__file__).parents[1] / "figures"
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("mechanisms/*.csv")), ids=lambda path: path.stem)
+def test_tables_of_earlier_versions_can_be_drawn(path: Path) -> None:
+    if path.stem in registry.names("probes"):
+        assert probe.draw(path.stem, read_table(path)).axes
 
 
 def test_a_table_without_a_column_is_named() -> None:
