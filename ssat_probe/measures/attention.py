@@ -164,7 +164,7 @@ def excess_kurtosis_and_skewness(
 
 def row_measures(
     scores: Float[Tensor, "batch head query key"],
-    is_valid: Bool[Tensor, "batch head query key"] | None = None,
+    is_valid: Bool[Tensor, "#batch #head #query key"] | None = None,
 ) -> dict[str, Float[Tensor, "batch head _"]]:
     """`entropy_from_scores`, `excess_kurtosis` and `skewness` of rows of scores, from one pass over them.
 

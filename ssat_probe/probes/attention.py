@@ -212,10 +212,7 @@ def _chosen(blocks: Sequence[int], possible: Sequence[int]) -> tuple[int, ...]:
     """The blocks to measure, each once, in the order of the model."""
     outside = [block for block in blocks if block not in possible]
     if outside:
-        raise ValueError(
-            f"blocks must lie between {possible[0]} and {possible[-1]}, which have such queries, for this model, got "
-            f"{outside[0]}."
-        )
+        raise ValueError(f"blocks must lie between {possible[0]} and {possible[-1]} for this model, got {outside[0]}.")
     return tuple(sorted(set(blocks))) or tuple(possible)
 
 

@@ -152,3 +152,30 @@ def test_permuting_patches_changes_the_distance_alone(generator):
         torch.testing.assert_close(measure(one).mean(-1), measure(other).mean(-1))
     torch.testing.assert_close(measures.mutual_information(one)["nmi"], measures.mutual_information(other)["nmi"])
     assert (measures.mean_distance(one, grid).mean() - measures.mean_distance(other, grid).mean()).abs() > 1e-3
+
+
+def test_information_of_regions_is_the_mean_over_regions_weighted_by_their_queries():
+    draw = torch.Generator().manual_seed(5)
+    rows = torch.randn(2, 3, 11, 7, generator=draw, dtype=torch.float64).log_softmax(-1)
+    regions = torch.tensor([0, 2, 2, 0, 2, 3, 0, 0, 2, 2, 0])  # 5, none, 5, and one alone
+    weights, entropy = rows.exp(), torch.special.entr(rows.exp()).sum(-1)
+    sums = torch.zeros(2, 3, 4, 7, dtype=torch.float64).index_add_(2, regions, weights)
+    entropies = torch.zeros(2, 3, 4, dtype=torch.float64).index_add_(2, regions, entropy)
+    found = measures.information_of_regions(sums, entropies, regions.bincount().double())
+    parts = {region: measures.mutual_information(rows[:, :, regions == region]) for region in (0, 2, 3)}
+    counts = {0: 5, 2: 5, 3: 1}
+    for name in ("information", "key_entropy"):
+        expected = sum(counts[region] * part[name] for region, part in parts.items()) / 11
+        torch.testing.assert_close(found[name], expected)
+    torch.testing.assert_close(found["nmi"], (parts[0]["nmi"] + parts[2]["nmi"]) / 2)  # one query alone has none
+
+
+def test_uniform_windows_have_no_information_whatever_their_number():
+    """Seen as one matrix, 64 such windows of 49 tokens would score ln 64 / ln 3136."""
+    sums, entropies = torch.full((1, 1, 64, 49), 1.0).double(), torch.full((1, 1, 64), 49 * math.log(49)).double()
+    found = measures.information_of_regions(sums, entropies, torch.full((64,), 49.0).double())
+    assert abs(found["nmi"].item()) < 1e-6
+    whole = torch.full((49, 49), 1 / 49).double()
+    log_whole = torch.block_diag(*[whole] * 8).log()[None, None]
+    expected = math.log(8) / math.log(8 * 49)
+    assert measures.mutual_information(log_whole)["nmi"].item() == pytest.approx(expected)

@@ -2,6 +2,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -257,3 +258,34 @@ def test_summary_has_one_row_per_checkpoint_and_block():
     summary = Probe().summary(table)
     assert len(summary) == 4 * DEPTH
     assert summary["checkpoint"].unique().tolist() == ["ssat-0", "ssat-1", "scratch-0", "scratch-1"]
+
+
+@pytest.mark.parametrize("name", ["swin", "swin padded", "swinv2", "pvt", "mvit class token", "torchvision", "cait"])
+def test_rows_are_normed_by_the_keys_that_are_allowed(make_family: Any, name: str) -> None:
+    from ssat_probe import capture, geometry
+
+    model, x = make_family(name)
+    stand_in = SimpleNamespace(
+        model=model, fingerprint="", setting="",
+        batches=lambda: (SimpleNamespace(images=one[None], ids=torch.tensor([i])) for i, one in enumerate(x)),
+    )  # fmt: skip
+    table = Probe(untrained_twin=False).measure(stand_in)  # type: ignore[arg-type]
+    expected: dict[int, list[torch.Tensor]] = {}
+
+    def reduce(seen: capture.Attention) -> None:
+        if seen.num_queries > 1:
+            rows = geometry.arranged(seen)
+            weights = (rows.rows.softmax(-1) if rows.has_scores else rows.rows / rows.rows.sum(-1, True)).double()
+            keys = (weights > 0).sum(-1) if rows.is_valid is None else rows.is_valid.sum(-1)
+            normed = torch.special.entr(weights).sum(-1) / keys.double().log()
+            expected[rows.block] = [normed.where(keys > 1, torch.nan).nanmean(-1).mean(0), keys.double().mean()]
+
+    with torch.no_grad(), capture.attention(model, reduce):
+        model(x)
+    assert list(expected) == table["block"].unique().tolist()
+    for block, (normed, keys) in expected.items():
+        ours = table[table["block"] == block]
+        np.testing.assert_allclose(ours["entropy_normalised"], normed, rtol=1e-4)
+        np.testing.assert_allclose(ours["num_keys"], float(keys))
+        assert ours["entropy_normalised"].between(0, 1).all()
+        assert ours["kurtosis_received"].isna().all() == ("swin" in name)

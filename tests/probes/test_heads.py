@@ -97,3 +97,86 @@ def test_class_and_register_tokens_and_oblong_grids_of_timms_models(options: dic
     uniform = np.sqrt(((place[:, None] - place[None]) ** 2).sum(-1)).mean()
     np.testing.assert_allclose(table["distance_uniform"], uniform)
     np.testing.assert_allclose(table["distance_normalised"], 1, rtol=0.05)
+
+
+class StandIn:
+    """What a probe needs of a subject."""
+
+    fingerprint = setting = ""
+    num_images = 2
+
+    def __init__(self, model: torch.nn.Module, images: torch.Tensor) -> None:
+        self.model, self.images = model, images
+
+    def batches(self) -> Any:
+        for i, image in enumerate(self.images):
+            yield SimpleNamespace(images=image[None], ids=torch.tensor([i]))
+
+
+def by_window(model: torch.nn.Module, x: torch.Tensor) -> list[list[list[torch.Tensor]]]:
+    """Weights (image, head, query, key) of every set of patches that attend to each other, by block.
+
+    Gathered key by key from the map of the whole image: by another way than the windows of the model.
+    """
+    found = []
+    seen: list[torch.Tensor] = []
+    for layer in model.layers:
+        for block in layer.blocks:
+            block.attn.fused_attn = False
+            block.attn.attn_drop.register_forward_hook(lambda _, args, out: seen.append(out))
+    with torch.no_grad():
+        model(x)
+    for weights, block in zip(seen, (b for layer in model.layers for b in layer.blocks), strict=True):
+        rows, columns = block.input_resolution
+        (high, wide), (down, right) = block.window_size, block.shift_size
+        across = -(-columns // wide)
+        slots: dict[tuple[int, ...], list[int]] = {}
+        for r in range(rows):
+            for c in range(columns):
+                i, j = (r - down) % rows, (c - right) % columns
+                window, slot = i // high * across + j // wide, i % high * wide + j % wide
+                allowed = () if block.attn_mask is None else tuple((block.attn_mask[window, slot] == 0).tolist())
+                slots.setdefault((window, *allowed), []).append(slot)
+        per_image = -(-rows // high) * across
+        groups = []
+        for (window, *_), inside in slots.items():
+            mine = weights[window::per_image][:, :, inside][..., inside].double()
+            groups.append(mine / mine.sum(-1, keepdim=True))
+        found.append(groups)
+    return found
+
+
+@pytest.mark.parametrize("name", ["swin", "swin padded", "swinv2"])
+def test_windows_are_the_rows_of_patches_that_attend_to_each_other(make_family: Any, name: str) -> None:
+    model, x = make_family(name)
+    table = Probe(untrained_twin=False).measure(StandIn(*make_family(name)))  # type: ignore[arg-type]
+    for block, groups in enumerate(by_window(model, x)):
+        ours = table[table["block"] == block]
+        counts = np.array([one.shape[2] for one in groups])
+        assert counts.sum() == (96 if block < 2 else 24)
+        entropies = [entropy(one.numpy(), axis=-1).mean(-1) for one in groups]  # (image, head) each
+        between = [entropy(one.numpy().mean(2), axis=-1) for one in groups]
+        information = np.average(np.stack(between) - np.stack(entropies), axis=0, weights=counts).mean(0)
+        np.testing.assert_allclose(ours["information"], information, rtol=1e-4, atol=1e-6)
+        many = [i for i, count in enumerate(counts) if count > 1]
+        nmi = [(between[i] - entropies[i]) / np.sqrt(np.log(counts[i]) * between[i]) for i in many]
+        np.testing.assert_allclose(
+            ours["nmi"], np.average(np.stack(nmi), axis=0, weights=counts[many]).mean(0), rtol=1e-4, atol=1e-6
+        )
+        spread = np.average(np.stack(entropies), axis=0, weights=counts).mean(0)
+        np.testing.assert_allclose(ours["entropy_patch"], spread, rtol=1e-4)
+        np.testing.assert_allclose(ours["keys_uniform"], np.average(counts, weights=counts))
+        assert ours["nmi_cl_vs_mim"].isna().all()
+
+
+def test_every_family_has_numbers_within_their_bounds(family: tuple[str, torch.nn.Module, torch.Tensor]) -> None:
+    name, model, x = family
+    table = Probe(untrained_twin=False).measure(StandIn(model, x))  # type: ignore[arg-type]
+    assert table["block"].nunique() == (4 if "swin" in name else 3)
+    assert (table["distance"] > 0).all()
+    assert table["mass_to_prefix"].between(0, 1).all()
+    assert table["nmi"].between(0, 1).all()
+    many = table.groupby("block")["head"].transform("count") > 1
+    assert table["divergence_normalised"][many].between(0, 1).all()
+    assert table["divergence"][~many].isna().all()  # one head has no others
+    np.testing.assert_allclose(table["distance_normalised"] * table["distance_uniform"], table["distance"], rtol=0.2)
