@@ -43,17 +43,18 @@ def draw(table: DataFrame) -> Figure:
 def _comparison(table: DataFrame) -> Figure:
     """Two rows of spectra, one column per method of training (its first seed); a row of errors over all checkpoints."""
     shown = drawing.series(table)[:_NUM_COLUMNS]
-    figure, axes = drawing.panels(3, _NUM_COLUMNS, height=6.4)
-    for column in range(_NUM_COLUMNS):
-        if column >= len(shown):
-            axes[column].remove()
-            axes[_NUM_COLUMNS + column].remove()
-            continue
-        one = shown[column].table
-        first = one[one["checkpoint"] == one["checkpoint"].iloc[0]]
-        _spectra(axes[column], axes[_NUM_COLUMNS + column], first, shown[column].label)
+    is_alone = len(shown) == 1  # then spectrum and negative part stand beside each other
+    figure, axes = drawing.panels(2 if is_alone else 3, _NUM_COLUMNS, height=4.4 if is_alone else 6.4)
+    below = 1 if is_alone else _NUM_COLUMNS
+    for column, one in enumerate(shown):
+        first = one.table[one.table["checkpoint"] == one.table["checkpoint"].iloc[0]]
+        _spectra(axes[column], axes[below + column], first, one.label)
+    used = {place + column for column in range(len(shown)) for place in (0, below)}
+    for place, ax in enumerate(axes[:-_NUM_COLUMNS]):
+        if place not in used:
+            ax.remove()
     methods = [method for method in _LOOKS if method in methods_in(table)]
-    errors, energies, costs = axes[2 * _NUM_COLUMNS :]
+    errors, energies, costs = axes[-_NUM_COLUMNS:]
     _errors(errors, table, methods)
     _energies(energies, table, methods)
     _costs(costs, table, methods)
@@ -183,6 +184,8 @@ def _batches(table: DataFrame) -> Figure:
         drawn = drawing.dots_by_series(ax, table[table["quantity"] == quantity], "value")
         if any(len(one.label) > 10 for one in drawn):
             ax.set_xticks(range(len(drawn)), [""] * len(drawn))
+        if quantity == "nep":
+            ax.set_ylim(-0.01, max(0.1, 1.1 * float(table.loc[table["quantity"] == "nep", "value"].max())))
         drawing.label_axes(ax, "", title)
     drawing.legend_below(figure)
     return figure

@@ -148,7 +148,7 @@ class Probe:
                 ax.remove()
             largest, energies, overlaps = axes[_NUM_COLUMNS:]
             _draw_terms(largest, table, "lambda_max", "largest eigenvalue [loss]")
-            largest.set_yscale("log")
+            largest.set_ylim(bottom=0)
             _draw_terms(energies, table, "negative_energy", "negative energy Σ|λ₋| / Σ|λ|")
             if (table["quantity"] == "overlap").any():
                 _draw_overlaps(overlaps, table)
@@ -250,7 +250,7 @@ def _draw_spectra(ax: "Axes", table: "DataFrame", label: str) -> None:
 
 def _draw_terms(ax: "Axes", table: "DataFrame", quantity: str, label: str) -> None:
     """A dot per checkpoint, in a group per term."""
-    _draw_groups(ax, table[table["quantity"] == quantity], [(term, "") for term in LABELS], list(LABELS.values()))
+    _draw_groups(ax, table[table["quantity"] == quantity], [(term, "") for term in LABELS], ["CE", "rec.", "joint"])
     from ssat_probe import drawing
 
     drawing.label_axes(ax, "term of the loss", label)

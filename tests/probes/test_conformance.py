@@ -27,6 +27,7 @@ PROBES = registry.names("probes")
 QUICK: dict[str, dict[str, Any]] = {
     "hessian": {"steps": 9},
     "terms": {"steps": 5},
+    "blocks": {"steps": 4},
     "landscape": {"points": 3, "num_random": 2, "steps": 4, "lines": ("random", "bottom")},
 }
 "Options that make a slow probe quick; everything else runs with its defaults."
