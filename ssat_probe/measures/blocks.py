@@ -5,15 +5,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from ssat_probe.measures.hessian import HessianOperator, random_state_kept
-from ssat_probe.measures.lanczos import Krylov
+from ssat_probe.measures.lanczos import Krylov, LanczosRun
 
-_BREAKDOWN, _ROUNDINGS = 1e-13, 20  # as in the runs of a single operator
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+(?=\.)")
 _EMBEDDING = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "mask_token", "norm_pre")
 
@@ -99,67 +97,17 @@ class BlockOperator(HessianOperator):
         names = self.blocks[label]
         ends = itertools.accumulate((self.parameters[name].numel() for name in names), initial=0)
         places = {name: slice(a, b) for name, (a, b) in zip(names, itertools.pairwise(ends), strict=True)}
-        live = [name for name in names if (one := gradients[name]) is not None and one.requires_grad]
+        live = {name: one for name in names if (one := gradients[name]) is not None and one.requires_grad}
         total = torch.zeros_like(vector)
         if not live:
             return total
-        outputs = [gradients[name] for name in live]
         along = [vector[places[name]].view_as(self.parameters[name]).to(self.parameters[name].dtype) for name in live]
         inputs = [self.parameters[name] for name in live]
-        second = torch.autograd.grad(outputs, inputs, along, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(list(live.values()), inputs, along, retain_graph=True, allow_unused=True)
         for name, part in zip(live, second, strict=True):
             if part is not None:
                 total[places[name]] = part.detach().reshape(-1).double()
         return total
-
-
-class _Run:
-    """The recurrence of `lanczos`, given its products from outside, so that many can go in step."""
-
-    def __init__(self, size: int, steps: int, *, seed: int, precision: float, device: torch.device) -> None:
-        self.size, self.precision = size, precision
-        self._generator = torch.Generator().manual_seed(seed)
-        self._basis = torch.zeros(min(steps, size), size, dtype=torch.float64, device=device)
-        self._alphas: list[float] = []
-        self._betas: list[float] = []
-        self._breaks: list[int] = []
-        self._scale = 0.0
-        self._set(self._random())
-
-    @property
-    def is_done(self) -> bool:
-        return len(self._alphas) == len(self._basis)
-
-    @property
-    def vector(self) -> Tensor:
-        return self._basis[len(self._alphas)]
-
-    def take(self, image: Tensor) -> None:
-        step = len(self._alphas)
-        self._alphas.append(float(self.vector @ image))
-        self._scale = max(self._scale, float(image.norm()))
-        vector = self._orthogonal(image, step + 1)
-        self._betas.append(float(vector.norm()))
-        is_zero = self._betas[-1] <= max(_BREAKDOWN, _ROUNDINGS * self.precision) * self._scale
-        if step + 1 == self.size or is_zero:
-            self._breaks.append(step)
-            vector = self._orthogonal(self._random(), step + 1)
-        if not self.is_done:
-            self._set(vector)
-
-    def krylov(self) -> Krylov:
-        return Krylov(np.array(self._alphas), np.array(self._betas), tuple(self._breaks), self.size, self.precision)
-
-    def _set(self, vector: Tensor) -> None:
-        self._basis[len(self._alphas)] = vector / vector.norm()
-
-    def _random(self) -> Tensor:
-        return torch.randn(self.size, generator=self._generator, dtype=torch.float64).to(self._basis)
-
-    def _orthogonal(self, vector: Tensor, num: int) -> Tensor:
-        for _ in range(2):
-            vector = vector - self._basis[:num].T @ (self._basis[:num] @ vector)
-        return vector
 
 
 def block_runs(
@@ -177,7 +125,7 @@ def block_runs(
         The same runs, to rounding, as one after the other on operators of their own.
     """
     options: dict[str, Any] = {"seed": seed, "precision": operator.precision, "device": operator.device}
-    runs = {label: _Run(operator.block_size(label), steps, **options) for label in operator.blocks}
+    runs = {label: LanczosRun(operator.block_size(label), steps, **options) for label in operator.blocks}
     step = 0
     with operator:
         while going := {label: run for label, run in runs.items() if not run.is_done}:
