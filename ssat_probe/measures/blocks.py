@@ -84,7 +84,7 @@ class BlockOperator(HessianOperator):
         totals = {label: torch.zeros_like(vector) for label, vector in vectors.items()}
         num_images = 0
         with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
-            for gradients, num in self._graphs():
+            for gradients, num, _ in self._graphs():
                 by_name = dict(zip(self.parameters, gradients, strict=True))
                 for label, vector in vectors.items():
                     totals[label] += num * self._second_of(label, by_name, vector)
