@@ -328,20 +328,6 @@ class TestRefusals:
             operator.product(torch.ones(48, dtype=torch.float64))
 
 
-class FusedSquare(torch.autograd.Function):
-    """A user's own operation, whose backward pass cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
 ARCHITECTURES = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}),
     "deit_distilled": (
@@ -402,13 +388,6 @@ class TestForeignArchitectures:
         image, other = operator.product(one), operator.product(two)
         assert abs(two @ image - one @ other) < 1e-12 * float(image.norm() + other.norm())
         torch.testing.assert_close(operator.products(torch.stack([one, two])), torch.stack([image, other]))
-
-    def test_own_operation_that_cannot_be_differentiated_twice_is_named(self):
-        weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        operator = HessianOperator({"weight": weight}, lambda _: FusedSquare.apply(weight).exp().sum(), [(None, 1)])
-        with pytest.raises(ValueError, match=r"twice differentiable in plain PyTorch, got: .*once_differentiable"):
-            operator.product(torch.ones(3, dtype=torch.float64))
-        assert weight.grad is None
 
 
 class HandWrittenNorm(nn.Module):
