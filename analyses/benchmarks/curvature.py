@@ -1,9 +1,10 @@
 """Curvature against its peers: products, eigenvalues, exact spectra, negative part, growth of the cost.
 
 Run: make benchmark-curvature; parts: python analyses/benchmarks/curvature.py product eigenvalues exact negative scaling
-Takes under 10 minutes on 2 cores; nothing to download. Peers come with pip install '.[benchmark]'; one that is missing
-is left out with a line that says so. Ways take turns within one process tree. Writes curvature.csv, .md, .png and
-.json into figures/benchmark_curvature; parts that were not asked for keep what stands there.
+Takes some 12 minutes on 2 free cores (estimated: not run whole yet); nothing to download. Peers come with
+pip install '.[benchmark]'; one that is missing is left out with a line that says so. Ways take turns within one process
+tree. Writes curvature.csv, .md, .png and .json into figures/benchmark_curvature; parts that were not asked for keep
+what stands there.
 """
 
 import datetime

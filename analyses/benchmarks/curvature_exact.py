@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WAYS = ("exact", "functional.hessian", "functional.hessian, vectorised")
 MEMORY = 12 * 2**30  # address space that a way may take; the vectorised one asks for more
-SECONDS = 200  # that a way may take
+SECONDS = 240  # that a way may take
 REPEATS = 1
 
 
@@ -36,7 +36,7 @@ def measure() -> Iterator[Row]:
                 yield {"model": "small", "way": way, "quantity": quantity, "repeat": repeat, "value": value}
     right = np.array(spectra["exact"])
     for way, values in spectra.items():
-        if values:
+        if values and len(right):
             np.testing.assert_allclose(values, right, atol=1e-9 * np.abs(right).max(), err_msg=way)
 
 
@@ -92,7 +92,7 @@ def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]
     """Time and memory of the faster peer that fits, over ours."""
     for quantity, target in (("seconds", "≥ 2"), ("peak_memory", "")):
         wide = table[table["quantity"] == quantity].pivot_table(index="repeat", columns="way", values="value")
-        for way in wide.columns.drop("exact"):
+        for way in wide.columns.drop("exact") if "exact" in wide else ():
             values = (wide[way] / wide["exact"]).tolist()
             yield "exact", f"{quantity.replace('_', ' ')}: {way} / exact", "small", values, target
 
