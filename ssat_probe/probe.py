@@ -45,12 +45,13 @@ Progress = Callable[[int, int, str], None]
 class Probe(Protocol):
     """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
 
-    Four things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    Five things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
     another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
     compare checkpoints. A property ``num_steps`` says how many steps ``measure(subject, on_step=...)`` tells of, where
     one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
     network of each architecture and seed as if it were one more checkpoint. A property ``policy`` says in a few words
-    of what the measures are taken, such as ``queries patch, keys all``.
+    of what the measures are taken, such as ``queries patch, keys all``. A method ``estimate(subject) -> str`` says what
+    measuring one checkpoint costs.
     """
 
     split: ClassVar[str]
@@ -156,6 +157,26 @@ def measure_all(
     progress(len(paths), len(paths), "")
     record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started)
     return pd.concat(tables, ignore_index=True), record
+
+
+def estimate(probe: Probe, paths: Sequence[Path], sample: Sample, source: Source = Source()) -> str:
+    """What a measurement will cost, before it begins.
+
+    Args:
+        probe: With its options.
+        paths: Checkpoints; the first one is tried.
+        sample: Which images.
+        source: What is said about foreign weights.
+
+    Returns:
+        A line; empty for a probe that does not say.
+    """
+    if not hasattr(probe, "estimate"):
+        return ""
+    from ssat_probe.subject import Subject
+
+    text: str = probe.estimate(Subject.of(paths[0], sample, probe.split, source))
+    return f"{_name_of(probe)}: {text}, {len(paths)} of them"
 
 
 def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress) -> "DataFrame":

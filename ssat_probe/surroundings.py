@@ -1,8 +1,6 @@
 """Surroundings of a checkpoint: its loss along directions and on a plane, checked against its own Hessian."""
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from ssat_probe.eigenvectors import kept
+from ssat_probe.grid import Kept, Look, refuse_too_large, seconds_per_point, values_of
 from ssat_probe.measures.directions import (
     Eigenvector,
     cosine,
@@ -36,12 +35,10 @@ from ssat_probe.measures.landscape import (
     worst_case,
 )
 from ssat_probe.subject import Subject
-from ssat_probe.table import write_atomically
-from ssat_probe.terms import UNITS, Terms, error_of, value_of
+from ssat_probe.terms import UNITS, Terms, error_of, range_of, value_of
 
 ENDS = ("top", "top2", "bottom", "bottom2")
 SEED_STEP = 1_000_003  # between the seeds of two random directions
-SAVE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,10 @@ class Settings:
     steps: int
     eigenvectors: Path | None
     is_augmented: bool
+    num_batches: int
     seed: int
     budget_s: float
+    jobs: int
     keep: Path | None
 
 
@@ -89,8 +88,11 @@ def measure(settings: Settings, subject: Subject) -> list[dict[str, Any]]:
     Returns:
         Points of lines and of the plane, facts and checks of every axis, scalars.
     """
-    parameters = subject.parameters(settings.loss)
-    terms = Terms(subject, parameters, settings.is_augmented)
+    look, parameters = _look(settings, subject), subject.parameters(settings.loss)
+    terms = look.terms()
+    kept_values = Kept(None if settings.keep is None else Path(settings.keep), look, _determining(settings))
+    num_left = num_points(settings) - len(kept_values.values)
+    refuse_too_large(num_left, seconds_per_point(terms), settings.jobs, settings.budget_s)
     batches = [(batch, len(batch.images)) for batch in subject.batches(settings.is_augmented)]
     operator = HessianOperator(parameters, lambda batch: subject.loss(batch, settings.loss), batches)
     with operator:
@@ -98,12 +100,69 @@ def measure(settings: Settings, subject: Subject) -> list[dict[str, Any]]:
         axes = _axes(settings, subject, operator, gradient)
         plane = [axes[name] for name in _numbered(settings.plane)]
         points = _Points(settings, axes, plane)
-        values = _values(settings, subject, points, terms, [flat(parameters), *(a.vector for a in axes.values())])
+        anchors = [flat(parameters), *(axis.vector for axis in axes.values())]
+        values = values_of(look, terms, anchors, points.weights, kept_values, settings.jobs)
         rows = [*points.rows(values, terms.present)]
         rows += _facts(settings, operator, terms, axes, plane, gradient)
         operator.release()
         rows += _scalars(settings, operator, points, values, axes, gradient)
     return rows
+
+
+def estimate(settings: Settings, subject: Subject) -> str:
+    """What a measurement costs, from a few points and a product measured now.
+
+    Args:
+        settings: What to look at.
+        subject: Model, images, losses; left as found.
+
+    Returns:
+        A line that says so.
+    """
+    look = _look(settings, subject)
+    batches = [(batch, len(batch.images)) for batch in subject.batches(settings.is_augmented)]
+    parameters = subject.parameters(settings.loss)
+    operator = HessianOperator(parameters, lambda batch: subject.loss(batch, settings.loss), batches)
+    seconds, num = seconds_per_point(look.terms()), num_points(settings)
+    has_ends = settings.eigenvectors is None and any(name in ENDS for name in (*settings.lines, *settings.plane))
+    num_products = 10 + settings.steps * has_ends
+    started = time.perf_counter()
+    operator.product(torch.ones(operator.size, dtype=torch.float64, device=operator.device))
+    products = (time.perf_counter() - started) * num_products
+    total = num * seconds / settings.jobs + products
+    return (
+        f"{num} points of {seconds:.3g} s in {settings.jobs} process{'es' if settings.jobs > 1 else ''}, some "
+        f"{num_products} Hessian-vector products: about {total:.0f} s per checkpoint"
+    )
+
+
+def num_points(settings: Settings) -> int:
+    """Number of points of lines, surface and average sharpness, and the centre.
+
+    Args:
+        settings: What to look at.
+
+    Returns:
+        Known before any direction is.
+    """
+    num_random = max(settings.num_random, settings.plane.count("random"))
+    has_random = "random" in (*settings.lines, *settings.plane)
+    num_lines = sum(num_random if kind == "random" else 1 for kind in set(settings.lines))
+    return 1 + settings.points * num_lines + settings.points**2 * bool(settings.plane) + 2 * num_random * has_random
+
+
+def _look(settings: Settings, subject: Subject) -> Look:
+    return Look(subject, settings.loss, settings.is_augmented, settings.num_batches)
+
+
+def _determining(settings: Settings) -> dict[str, Any]:
+    """Options that determine the points and their values."""
+    options = dataclasses.asdict(settings)
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in ("keep", "budget_s", "jobs", "radius", "flat_within")
+    }
 
 
 def _numbered(names: tuple[str, ...]) -> list[str]:
@@ -167,6 +226,9 @@ def kind_of(direction: str) -> str:
     return "random" if direction.startswith("random") else direction
 
 
+_OF_POINTS = ("value", "standard_error", "low", "high")
+
+
 class _Points:
     """All points as weights of (parameters, axes), and what each of them is."""
 
@@ -203,10 +265,10 @@ class _Points:
 
     def rows(self, values: np.ndarray, present: tuple[str, ...]) -> list[dict[str, Any]]:
         """One row per point and term."""
-        columns = {term: (value_of(values, term), error_of(values, term)) for term in present}
+        columns = {term: (value_of(values, term), error_of(values, term), *range_of(values, term)) for term in present}
         return [
             {"quantity": quantity, "direction": direction, "x": x, "y": y, "term": term, "unit": UNITS[term]}
-            | {"value": columns[term][0][place], "standard_error": columns[term][1][place]}
+            | dict(zip(_OF_POINTS, (column[place] for column in columns[term]), strict=True))
             for place, (quantity, direction, x, y) in enumerate(self.labels)
             if quantity != "noise"
             for term in present
@@ -229,49 +291,6 @@ def ticks(points: int, half_width: float) -> list[float]:
     """
     positive = np.linspace(0, half_width, points // 2 + 1)
     return [*(-positive[:0:-1]).tolist(), *positive.tolist()]
-
-
-def _values(
-    settings: Settings, subject: Subject, points: _Points, terms: Terms, anchors: list[Tensor]
-) -> Float64[np.ndarray, "point value"]:
-    """Values at all points: those of a kept grid, and the others."""
-    path = settings.keep / f"{_key(settings, subject)}.json" if settings.keep is not None else None
-    done: dict[int, np.ndarray] = {}
-    if path is not None and path.is_file():
-        done = {int(k): np.array(v, dtype=float) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-    num_left = len(points.weights) - len(done)
-    started = last = time.monotonic()
-    num_new = 0
-
-    def on_point(number: int, found: np.ndarray) -> None:
-        nonlocal last, num_new
-        done[number], num_new = found, num_new + 1
-        spent = time.monotonic() - started
-        if num_new == 3 and spent / 3 * num_left > settings.budget_s:
-            raise ValueError(
-                f"The grid must fit into budget_s, {settings.budget_s:g} s per checkpoint, got {num_left} points that "
-                f"would take {spent / 3 * num_left:.0f} s; take fewer points, fewer images, or more budget_s."
-            )
-        if path is not None and (time.monotonic() - last > SAVE_EVERY_S or len(done) == len(points.weights)):
-            write_atomically(path, json.dumps({str(k): v.tolist() for k, v in done.items()}))
-            last = time.monotonic()
-
-    try:
-        return values_at(
-            subject.parameters(settings.loss), terms, anchors, points.weights, done=dict(done), on_point=on_point
-        )
-    except KeyboardInterrupt:
-        if path is not None:
-            write_atomically(path, json.dumps({str(k): v.tolist() for k, v in done.items()}))
-        raise
-
-
-def _key(settings: Settings, subject: Subject) -> str:
-    """Name of a kept grid: another for any other weights, images or points."""
-    options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("keep", "budget_s")}
-    sample = {k: v for k, v in dataclasses.asdict(subject.sample).items() if k not in ("batch_size", "data_dir")}
-    parts = [subject.checkpoint.hash, subject.fingerprint, options, sample, torch.__version__]
-    return "grid-" + hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _facts(

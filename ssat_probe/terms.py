@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float64
 from torch import Tensor
 
+from ssat_probe.measures.small_attention import SmallAttention
 from ssat_probe.subject import Subject
 
 NAMES = ("cross_entropy", "reconstruction", "joint", "l2", "accuracy")
-"Values of a point; after them come the standard errors over images of all but the fourth, in the same order."
+"Values of a point; after them come, of all but the fourth, the standard errors over images, then lows, then highs."
 WITH_ERROR = ("cross_entropy", "reconstruction", "joint", "accuracy")
 UNITS = {
     "cross_entropy": "nat",
@@ -25,19 +26,23 @@ UNITS = {
 class Terms:
     """Every term of the loss at the parameters' present values; batches and masks are made once.
 
-    A call gives the values of ``NAMES`` and the standard errors of ``WITH_ERROR``; those that need a decoder are NaN
-    where there is none. The joint loss is that of the recipe: λ times cross-entropy plus 1-λ times reconstruction. The
-    L2 term is half the recipe's weight decay times the squared length of the parameters that decay (matrices, not
-    vectors); it is part of no other term.
+    A call gives the values of ``NAMES``, and the standard errors of ``WITH_ERROR`` with their lowest and highest mean
+    over batches, which are parts of the images that have nothing to do with how many are looked at at a time; those
+    that need a decoder are NaN where there is none. The joint loss is that of the recipe: λ times cross-entropy plus
+    1-λ times reconstruction. The L2 term is half the recipe's weight decay times the squared length of the parameters
+    that decay (matrices, not vectors); it is part of no other term.
     """
 
-    def __init__(self, subject: Subject, parameters: Mapping[str, Tensor], is_augmented: bool = False) -> None:
+    def __init__(
+        self, subject: Subject, parameters: Mapping[str, Tensor], is_augmented: bool = False, num_batches: int = 8
+    ) -> None:
         """Prepare the images.
 
         Args:
             subject: Model, images and losses.
             parameters: Those that move, and whose L2 term is taken.
             is_augmented: Look at images changed as in training, always in the same way.
+            num_batches: Parts of the images, image i in part i modulo this number; not more than there are images.
         """
         subject.require_classes()
         self._subject = subject
@@ -46,6 +51,8 @@ class Terms:
             (batch, subject.masks(batch) if subject.decoder is not None else None)
             for batch in subject.batches(is_augmented)
         ]
+        self._num_parts = min(num_batches, subject.num_images)
+        self._attention = SmallAttention()
         recipe = subject.checkpoint.recipe
         self._weight, self._decay = recipe.lambda_weight, recipe.weight_decay
 
@@ -58,10 +65,10 @@ class Terms:
         """Values at the present parameters.
 
         Returns:
-            As long as ``NAMES`` and ``WITH_ERROR`` together; sums are float64, so that no batch size enters.
+            As long as ``NAMES`` and three times ``WITH_ERROR`` together; sums are float64: no batch size enters.
         """
         parts: dict[str, list[Tensor]] = {name: [] for name in WITH_ERROR}
-        with torch.no_grad():
+        with torch.no_grad(), self._attention:
             for batch, mask in self._batches:
                 logits = self._subject.model(batch.images)
                 losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
@@ -77,8 +84,14 @@ class Terms:
         is_broken = not np.isfinite(means["cross_entropy"])  # argmax of NaN would still count as an answer
         means |= {"l2": self._l2()} | ({"accuracy": float("nan")} if is_broken else {})
         errors_of = [float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in images.values()]
-        by_name = dict(zip(images, errors_of, strict=True))
-        return np.array([*(means[name] for name in NAMES), *(by_name[name] for name in WITH_ERROR)])
+        batch_means = torch.stack(
+            [
+                torch.stack([v[part :: self._num_parts].mean() for v in images.values()])
+                for part in range(self._num_parts)
+            ]
+        )
+        lows, highs = batch_means.amin(dim=0).tolist(), batch_means.amax(dim=0).tolist()
+        return np.array([*(means[name] for name in NAMES), *errors_of, *lows, *highs])
 
     def _l2(self) -> float:
         squares = [p.detach().double().square().sum() for p in self._parameters.values() if p.ndim > 1]
@@ -111,3 +124,21 @@ def error_of(values: Float64[np.ndarray, "point value"], term: str) -> Float64[n
     if term not in WITH_ERROR:
         return np.full(len(values), np.nan)
     return values[:, len(NAMES) + WITH_ERROR.index(term)]
+
+
+def range_of(
+    values: Float64[np.ndarray, "point value"], term: str
+) -> tuple[Float64[np.ndarray, " point"], Float64[np.ndarray, " point"]]:
+    """Lowest and highest mean over batches of one term of many points.
+
+    Args:
+        values: Rows that ``Terms`` gave.
+        term: Of ``NAMES``.
+
+    Returns:
+        Both columns; NaN for a term that is no mean over images.
+    """
+    if term not in WITH_ERROR:
+        return np.full(len(values), np.nan), np.full(len(values), np.nan)
+    place = len(NAMES) + len(WITH_ERROR) + WITH_ERROR.index(term)
+    return values[:, place], values[:, place + len(WITH_ERROR)]

@@ -96,7 +96,7 @@ def test_a_kept_grid_is_finished_and_gives_the_same_table(
     again = Probe(**options).measure(one)
     pd.testing.assert_frame_equal(whole, again)
     checks = 2 * 9 * 4 // 3  # three losses for each of four steps and two axes
-    assert len(calls) <= len(kept) - 5 + 1 + checks
+    assert len(calls) <= len(kept) - 5 + 4 + checks  # four say how long one takes
     Probe(**options | {"seed": 1}).measure(one)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -106,6 +106,36 @@ def test_a_grid_over_the_budget_is_refused_with_what_to_do(checkpoints: Paths) -
         ValueError, match=r"must fit into budget_s, 1e-06 s per checkpoint, got 20 points .* fewer points"
     ):
         Probe(**QUICK | {"lines": ("random",), "budget_s": 1e-6}).measure(subject(checkpoints["ssat"]))
+
+
+def test_the_number_of_points_is_known_before_any_direction_is(checkpoints: Paths) -> None:
+    for options in ({}, {"plane": ()}, {"lines": ("top", "bottom2"), "plane": ("random", "top")}, {"num_random": 1}):
+        probe = Probe(**QUICK | options)  # type: ignore[arg-type]
+        one = subject(checkpoints["scratch"])
+        assert f"{surroundings.num_points(probe._settings())} points of " in probe.estimate(one)
+        table = probe.measure(one)
+        points = table[table["quantity"].isin(("centre", "line", "surface")) & (table["term"] == "accuracy")]
+        has_random = "random" in (*probe.lines, *probe.plane)
+        num_random = max(probe.num_random, probe.plane.count("random"))
+        assert len(points) + 2 * num_random * has_random == surroundings.num_points(probe._settings())
+
+
+def test_low_and_high_are_means_over_parts_of_the_images(checkpoints: Paths) -> None:
+    options = QUICK | {"lines": ("random",), "plane": ()}
+    one = subject(checkpoints["ssat"])
+    table = Probe(**options, num_batches=13).measure(one)
+    centre = table[table["quantity"] == "centre"].set_index("term")
+    losses = [float(one.loss(batch).detach()) for batch in subject_by_image(checkpoints["ssat"]).batches()]
+    assert centre.loc["cross_entropy", "low"] == pytest.approx(min(losses))
+    assert centre.loc["cross_entropy", "high"] == pytest.approx(max(losses))
+    assert np.isnan(centre.loc["l2", "low"])
+    whole = Probe(**options, num_batches=1).measure(one)
+    points = whole[(whole["quantity"] == "line") & (whole["term"] == "reconstruction")]
+    assert points["low"].tolist() == points["high"].tolist() == pytest.approx(points["value"].tolist())
+
+
+def subject_by_image(path: Path) -> Subject:
+    return Subject.of(path, Sample(num_images=13, batch_size=1, device="cpu", dtype="float64"), "train")
 
 
 def test_an_augmented_landscape_is_another(checkpoints: Paths) -> None:

@@ -81,10 +81,14 @@ def values_at(
             if done is not None and number in done:
                 result.append(done[number])
                 continue
-            buffer.zero_()
-            for weight, anchor in zip(row.tolist(), own, strict=True):
-                if weight:
+            parts = [(weight, anchor) for weight, anchor in zip(row.tolist(), own, strict=True) if weight]
+            if not parts:
+                buffer.zero_()
+            for place, (weight, anchor) in enumerate(parts):
+                if place:
                     buffer.add_(anchor, alpha=weight)
+                else:
+                    torch.mul(anchor, weight, out=buffer)
             result.append(values())
             if on_point is not None:
                 on_point(number, result[-1])

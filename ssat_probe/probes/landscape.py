@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ssat_probe.subject import Subject
+    from ssat_probe.surroundings import Settings
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
 DIRECTIONS = ("random", "gradient", "top", "top2", "bottom", "bottom2")
@@ -55,10 +56,14 @@ class Probe:
     "Folder in which hessian --vectors kept the eigenvectors; empty: they are found here."
     is_augmented: bool = False
     "Look at images changed as in training, each always in the same way."
+    num_batches: int = 8
+    "Parts of the images; low and high in the table are the lowest and highest mean over them."
     seed: int = 0
     "Of random directions and of the Lanczos start."
     budget_s: float = 600.0
     "Refuse a grid that would take longer than this per checkpoint, estimated from its first points."
+    jobs: int = 1
+    "Processes that share the points."
     keep: Path | None = None
     "Folder in which unfinished grids are kept, so that the same command goes on with them; empty means none."
 
@@ -71,7 +76,9 @@ class Probe:
         Column("term", "", "loss term: cross_entropy, reconstruction, joint, l2, or accuracy; never summed"),
         Column("value", "", "the quantity; empty where it is undefined (not a finite loss)"),
         Column("standard_error", "", "over images; of sharpness_average over directions; empty for others"),
-        Column("unit", "", "of a point's value and standard error; empty for scalars: unit of the term"),
+        Column("low", "", "lowest mean over num_batches parts of the images; empty for what is no point or no mean"),
+        Column("high", "", "highest such mean; empty as low"),
+        Column("unit", "", "of a point's value, its error, low and high; empty for scalars: unit of the term"),
     )
 
     def measure(self, subject: "Subject") -> "DataFrame":
@@ -86,10 +93,28 @@ class Probe:
         """
         from ssat_probe import surroundings
 
-        self._check()
-        options = {name: getattr(self, name) for name in surroundings.Settings.__dataclass_fields__}
-        rows = surroundings.measure(surroundings.Settings(**options), subject)
+        rows = surroundings.measure(self._settings(), subject)
         return surroundings.table(rows, [column.name for column in self.columns])
+
+    def estimate(self, subject: "Subject") -> str:
+        """What measuring one such checkpoint costs.
+
+        Args:
+            subject: Model, images and losses.
+
+        Returns:
+            Points, products and seconds.
+        """
+        from ssat_probe import surroundings
+
+        return surroundings.estimate(self._settings(), subject)
+
+    def _settings(self) -> "Settings":
+        """The options, checked."""
+        from ssat_probe.surroundings import Settings
+
+        self._check()
+        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
 
     def _check(self) -> None:
         from ssat_probe.measures.directions import NORMALISATIONS, VECTORS
@@ -107,6 +132,8 @@ class Probe:
             raise ValueError(
                 f"num_random must be at least 1 and steps at least 2, got {self.num_random} and {self.steps}."
             )
+        if self.jobs < 1 or self.num_batches < 1:
+            raise ValueError(f"jobs and num_batches must be at least 1, got {self.jobs} and {self.num_batches}.")
         if self.eigenvectors is not None and self.is_augmented:
             raise ValueError("--eigenvectors are of clean images, got --is-augmented as well; leave one of both out.")
         for name in ("extent", "distance", "noise", "budget_s"):

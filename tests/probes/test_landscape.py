@@ -26,6 +26,7 @@ Paths = dict[str, Path]
         ({"normalisation": "filtre"}, "No 'filtre' in normalisations"),
         ({"vectors": "no"}, "No 'no' in ways to treat vectors"),
         ({"loss": "l2"}, "No 'l2' in losses"),
+        ({"jobs": 0}, "jobs and num_batches must be at least 1, got 0 and 8"),
     ],
 )
 def test_options_that_cannot_be_used_say_so(options: dict[str, Any], words: str) -> None:

@@ -1,0 +1,215 @@
+"""Values at the points of a grid: estimated beforehand, kept on disk as they come, shared by several processes."""
+
+import hashlib
+import json
+import os
+import pickle
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from ssat_probe.measures.landscape import values_at
+from ssat_probe.subject import Subject
+from ssat_probe.table import write_atomically
+from ssat_probe.terms import NAMES, WITH_ERROR, Terms
+
+SAVE_EVERY_S = 5.0
+POINTS_AT_A_TIME = 8  # that a process takes; the last ones of a grid wait for at most so many
+
+Values = Float64[np.ndarray, "point value"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A subject and the way it is looked at: all that makes its terms."""
+
+    subject: Subject
+    loss: str
+    "Whose parameters move."
+    is_augmented: bool
+    num_batches: int
+
+    def terms(self) -> Terms:
+        """Terms at the subject's parameters.
+
+        Returns:
+            With images prepared anew.
+        """
+        return Terms(self.subject, self.subject.parameters(self.loss), self.is_augmented, self.num_batches)
+
+
+def seconds_per_point(terms: Terms) -> float:
+    """What a point costs, measured where the parameters are.
+
+    Args:
+        terms: Of the grid.
+
+    Returns:
+        Median of three, after one that does not count.
+    """
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        terms()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def refuse_too_large(num_left: int, seconds: float, jobs: int, budget_s: float) -> None:
+    """Refuse a grid before any work.
+
+    Args:
+        num_left: Points that have not been measured.
+        seconds: A point's.
+        jobs: Processes.
+        budget_s: What a checkpoint may take.
+
+    Raises:
+        ValueError: If the points take longer.
+    """
+    expected = num_left * seconds / jobs
+    if expected > budget_s:
+        raise ValueError(
+            f"The grid must fit into budget_s, {budget_s:g} s per checkpoint, got {num_left} points that would take "
+            f"{expected:.0f} s; take fewer points, fewer images, more jobs, or more budget_s."
+        )
+
+
+class Kept:
+    """Values of the points that have been measured, on disk if there is a folder."""
+
+    def __init__(self, folder: Path | None, look: Look, options: dict[str, Any]) -> None:
+        """Read what is there.
+
+        Args:
+            folder: None keeps nothing.
+            look: At what.
+            options: All that determines the points.
+        """
+        self._path = None if folder is None else folder / f"{_key(look, options)}.json"
+        self._last = time.monotonic()
+        self.values: dict[int, Float64[np.ndarray, " value"]] = {}
+        if self._path is not None and self._path.is_file():
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            self.values = {int(number): np.array(values, dtype=float) for number, values in content.items()}
+
+    def add(self, number: int, values: Float64[np.ndarray, " value"]) -> None:
+        """A point's values; written every few seconds.
+
+        Args:
+            number: Of the point.
+            values: Its.
+        """
+        self.values[number] = values
+        if time.monotonic() - self._last > SAVE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Write all that is known."""
+        if self._path is not None:
+            content = {str(number): values.tolist() for number, values in sorted(self.values.items())}
+            write_atomically(self._path, json.dumps(content))
+            self._last = time.monotonic()
+
+
+def values_of(
+    look: Look,
+    terms: Terms,
+    anchors: Sequence[Tensor],
+    weights: Float64[np.ndarray, "point anchor"],
+    kept: Kept,
+    jobs: int = 1,
+) -> Values:
+    """Values at all points: those that are kept, and the others.
+
+    Each process has an equal share of this one's threads. The values do not depend on how many processes there are,
+    bit for bit where each has as many threads as the one.
+
+    Args:
+        look: At what.
+        terms: Its terms, used where there is one process.
+        anchors: As for `values_at`.
+        weights: One row per point.
+        kept: What was measured before, and takes what is measured now, also if the work is interrupted.
+        jobs: Processes.
+
+    Returns:
+        One row per point.
+    """
+    left = [number for number in range(len(weights)) if number not in kept.values]
+    try:
+        if jobs == 1 or len(left) <= POINTS_AT_A_TIME:
+            parameters = look.subject.parameters(look.loss)
+            values_at(
+                parameters, terms, anchors, weights[left], on_point=lambda place, found: kept.add(left[place], found)
+            )
+        else:
+            for number, found in _shared(look, anchors, weights, left, jobs):
+                kept.add(number, found)
+    finally:
+        if left:
+            kept.write()
+    return np.array([kept.values[number] for number in range(len(weights))])
+
+
+def _shared(
+    look: Look, anchors: Sequence[Tensor], weights: Float64[np.ndarray, "point anchor"], left: list[int], jobs: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Points with their values as processes of their own find them."""
+    parts = [left[place : place + POINTS_AT_A_TIME] for place in range(0, len(left), POINTS_AT_A_TIME)]
+    threads = max(1, torch.get_num_threads() // jobs)
+    content = pickle.dumps((look, [anchor.cpu() for anchor in anchors]))
+    context = get_context("spawn")  # a forked torch may hang
+    pool = ProcessPoolExecutor(
+        min(jobs, len(parts)), context, initializer=_begin, initargs=(content, threads, os.getpid())
+    )
+    try:
+        waiting = {pool.submit(_work, weights[part]): part for part in parts}
+        for future in as_completed(waiting):
+            yield from zip(waiting[future], future.result(), strict=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_measure: Callable[[np.ndarray], Values]
+"Of a worker process: values at points."
+
+
+def _begin(content: bytes, threads: int, parent: int) -> None:
+    """Start a worker process, which ends when its parent does."""
+    global _measure
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    look, anchors = pickle.loads(content)
+    terms, parameters = look.terms(), look.subject.parameters(look.loss)
+    _measure = lambda weights: values_at(parameters, terms, anchors, weights)  # noqa: E731
+
+
+def _work(weights: np.ndarray) -> Values:
+    """Points in a worker process."""
+    return _measure(weights)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _key(look: Look, options: dict[str, Any]) -> str:
+    """Name of a kept grid: another for any other weights, images or points."""
+    subject = look.subject
+    facts = [subject.checkpoint.hash, subject.fingerprint, str(subject.dtype), subject.sample.sample_seed]
+    parts = [*facts, look.loss, look.is_augmented, look.num_batches, options, NAMES, WITH_ERROR, torch.__version__]
+    return "grid-" + hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
