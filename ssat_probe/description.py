@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssat_probe import capture, registry
+from ssat_probe import capture, geometry, registry
 from ssat_probe.checkpoint import Checkpoint
 from ssat_probe.foreign import Foreign, open_weights
 from ssat_probe.probe import make
@@ -78,8 +78,8 @@ def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
         f"  images: {facts.channels} x {size[0]} x {size[1]}, mean {_short(facts.mean)}, std {_short(facts.std)}",
         f"  classes: {classes}",
     ]
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if isinstance(prefix, int):
+    with suppress(ValueError):
+        prefix = capture.num_prefix_tokens(model)
         grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
         shown = "no grid"
         if grid:
@@ -111,18 +111,22 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
     except ValueError as error:
         return [f"  attention: {error}"]
     seen: dict[int, str] = {}
+    is_hierarchical = len({site.stage for site in capture.sites(model)}) > 1
 
     def reduce(one: capture.Attention) -> None:
         heads, queries, keys = one.rows.shape[1:]
         kind = "scores" if one.has_scores else "weights alone"
         masked = "" if one.is_valid is None else ", masked"
-        seen[one.block] = f"{heads} heads, {queries} queries x {keys} keys, {kind} visible{masked}"
+        where = _where(one) if is_hierarchical else ""
+        seen[one.block] = f"{where}{heads} heads, {queries} queries x {keys} keys, {kind} visible{masked}"
 
     try:
-        with torch.no_grad(), capture.attention(model, reduce):
+        with torch.no_grad(), capture.attention(model, reduce) as errors:
             model(image)
     except ValueError as error:
         return [f"  attention: {len(blocks)} blocks; {error}"]
+    for block, difference in errors.items():
+        seen[block] += ", product with the values not seen: unchecked" if math.isnan(difference) else ""
     lines, start = [], 0
     for block in range(len(blocks)):
         if block + 1 == len(blocks) or seen[block + 1] != seen[start]:
@@ -131,6 +135,21 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
             lines.append(f"  blocks {start} to {block}: {seen[start]}{kind}")
             start = block + 1
     return lines
+
+
+def _where(one: capture.Attention) -> str:
+    """Grid and windows of a block of a hierarchical model, or why nobody knows."""
+    try:
+        rows = geometry.arranged(one)
+    except ValueError as error:
+        return f"places unknown ({error}), "
+    assert not isinstance(one.place, str)
+    text = f"grid {one.place.grid[0]} x {one.place.grid[1]}, "
+    if rows.num_windows == 1:
+        return text
+    size, shift = one.place.module.window_size, one.place.module.shift_size
+    shifted = f" shifted by {shift[0]} x {shift[1]}" if any(shift) else ""  # type: ignore[index, arg-type]
+    return text + f"{rows.num_windows} windows of {size[0]} x {size[1]}{shifted}, "  # type: ignore[index]
 
 
 class _Peak(TorchDispatchMode):

@@ -57,3 +57,20 @@ def test_memory_is_that_of_the_results_alive_at_once() -> None:
 def test_what_cannot_be_probed_is_still_described() -> None:
     lines = describe("timm:resnet18", Sample())
     assert any(line.startswith("  attention: The model must have transformer blocks") for line in lines)
+
+
+def test_a_hierarchical_model_says_grid_and_windows_of_its_blocks() -> None:
+    lines = describe("timm:swin_tiny_patch4_window7_224", Sample())
+    blocks = [line.strip() for line in lines if line.startswith("  blocks ")]
+    assert blocks[0].startswith("blocks 0 to 0: grid 56 x 56, 64 windows of 7 x 7, 3 heads, 49 queries x 49 keys")
+    assert "blocks 1 to 1: grid 56 x 56, 64 windows of 7 x 7 shifted by 3 x 3, 3 heads" in blocks[1]
+    assert "blocks 10 to 11: grid 7 x 7, 24 heads, 49 queries x 49 keys" in blocks[-1]
+    assert any("tokens: grid 56 x 56 of patches 4 x 4; 0 before the patches" in line for line in lines)
+
+
+def test_keys_on_a_coarser_grid_and_weights_changed_after_softmax_are_said() -> None:
+    lines = describe("timm:pvt_v2_b0", Sample(), Source(img_size=(64,)))
+    assert any("blocks 0 to 1: grid 16 x 16, 1 heads, 256 queries x 4 keys" in line for line in lines)
+    lines = describe("timm:cait_xxs24_224", Sample(), Source(img_size=(32,)))
+    assert any("blocks 0 to 23: 4 heads, 4 queries x 4 keys" in line and "unchecked" in line for line in lines)
+    assert any("blocks 24 to 25: 4 heads, 1 queries x 5 keys" in line for line in lines)

@@ -36,12 +36,15 @@ class Probe:
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("index", "", "place in the residual stream: 0 for embed, then two per block"),
-        Column("block", "", "transformer block, 0 next to the input; -1 for embed"),
-        Column("site", "", "embed, or after the attention or the mlp of a block"),
+        Column("index", "", "place in the residual stream: 0 for embed, then in the order of the forward pass"),
+        Column("block", "", "transformer block, 0 next to the input; -1 for embed, the next one for merge"),
+        Column("site", "", "embed, after the attention or the mlp of a block, or merge: before a later stage"),
+        Column("stage", "", "stage of a hierarchical model, 0 next to the input; values compare within one alone"),
         Column("depth", "", "index / (number of sites - 1): 0 at the input, 1 at the end"),
         *(column for one in _MEASURES for column in with_spread(one)),
-        Column("gain", "log2", "log2(variance / variance at the site before); undefined at embed"),
+        Column(
+            "gain", "log2", "log2(variance / variance at the site before); undefined at embed and where a stage begins"
+        ),
         Column(
             "gain_low", "log2", "lower end of its 95 % bootstrap interval over images; undefined likewise", of="gain"
         ),
@@ -99,25 +102,25 @@ class Probe:
 
         from ssat_probe.measures.features import gain
 
-        rows, before = [], None
+        rows, before, stage = [], None, 0
         nan = float("nan")
         for site, one in seen.statistics.items():
-            row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name}
+            row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name, "stage": site.stage}
             row |= {"depth": site.index / (len(seen.statistics) - 1), "num_images": seen.num_images}
             row |= one.spread("variance") | one.spread("relative_variance")
             row |= one.differences(_NAMES, first.statistics[site] if first else None)
             row |= {"gain": nan, "gain_low": nan, "gain_high": nan}
-            if before is not None:
+            if before is not None and site.stage == stage:
                 gains = gain(before.replicates("variance"), one.replicates("variance"))
                 low, high = torch.nanquantile(gains, gains.new_tensor([0.025, 0.975])).tolist()
                 row |= {"gain": float(gain(before.mean("variance"), one.mean("variance")))}
                 row |= {"gain_low": low, "gain_high": high}
             rows.append(row)
-            before = one
+            before, stage = one, site.stage
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
-        """Variance and relative variance over normalised depth; grey where attention acts.
+        """Variance and relative variance over normalised depth; grey where attention acts, a gap between stages.
 
         Args:
             table: What `measure` gave, for one or more checkpoints.
@@ -125,18 +128,24 @@ class Probe:
         Returns:
             Two panels.
         """
+        from pandas import concat
+
         from ssat_probe import drawing
 
         column = {column.name: column for column in self.columns}
-        lasts = table.groupby("checkpoint")["index"].max()
+        orders = {tuple(one.sort_values("index")["site"]) for _, one in table.groupby("checkpoint")}
+        borders = _borders(table)
         with drawing.style():
             figure, axes = drawing.panels(1, 2)
             for ax, name in zip(axes, ("variance", "relative_variance"), strict=True):
-                if lasts.nunique() == 1:
-                    last = int(lasts.iloc[0])
-                    spans = [(step / last, (step + 1) / last) for step in range(0, last, 2)]
+                if len(orders) == 1:
+                    order = next(iter(orders))
+                    last = len(order) - 1
+                    spans = [((i - 1) / last, i / last) for i, site in enumerate(order) if site == "attention"]
                     drawing.shade(ax, spans, "attention step")
-                drawn = drawing.lines_with_band(ax, table, "depth", name)
+                drawn = drawing.lines_with_band(ax, concat([table, borders]) if len(borders) else table, "depth", name)
+                for depth in borders["depth"].unique():
+                    ax.axvline(depth, color="0.5", linewidth=0.8, linestyle=":", label="next stage: another grid")
                 if table[name].max() > _WIDE_RANGE * table[name].min() > 0:
                     ax.set_yscale("log")
                 ax.margins(x=0.02)
@@ -174,3 +183,18 @@ class Probe:
                 }
             )
         return DataFrame(rows)
+
+
+def _borders(table: "DataFrame") -> "DataFrame":
+    """A row without values between the stages of each checkpoint, so that no line runs across."""
+    from pandas import concat
+
+    if "stage" not in table or table["stage"].max() == 0:
+        return table.iloc[:0]
+    rows = []
+    for _, one in table.groupby("checkpoint", sort=False):
+        one = one.sort_values("index")
+        begins = one["stage"].diff() > 0
+        middle = (one["depth"] + one["depth"].shift()) / 2
+        rows.append(one.assign(depth=middle, **dict.fromkeys(_NAMES, float("nan")))[begins])
+    return concat(rows)

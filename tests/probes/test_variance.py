@@ -185,3 +185,14 @@ def test_summary_has_one_row_per_checkpoint():
     assert summary["checkpoint"].tolist() == ["ssat-0", "ssat-1", "scratch-0", "scratch-1"]
     assert summary["gain per attention"].tolist() == [-0.5] * 4
     assert summary["gain per mlp"].tolist() == [0.25] * 4
+
+
+def test_stages_begin_without_a_gain_and_no_line_runs_across(make_family):
+    model, x = make_family("swin")
+    table = Probe().measure(StandIn(model, x, 2))
+    assert table["site"].tolist() == ["embed", *["attention", "mlp"] * 2, "merge", *["attention", "mlp"] * 2]
+    assert table["stage"].tolist() == [0] * 5 + [1] * 5
+    assert table["gain"].isna().tolist() == [True] + [False] * 4 + [True] + [False] * 4
+    table = table.assign(checkpoint="a", method="scratch", seed=0, model="swin", data="digits", epoch=1)
+    line = next(line for line in Probe().draw(table).axes[0].get_lines() if len(line.get_xdata()) > 2)
+    assert np.isnan(line.get_ydata()).tolist() == [False] * 5 + [True] + [False] * 5
