@@ -59,9 +59,9 @@ def _run(way: str) -> dict[str, object]:
     task.gradient()
     before, started = _peak(), time.perf_counter()
     if way == "exact":
-        from ssat_probe.measures.exact import eigenvalues
+        from ssat_probe.measures.exact import exact_spectrum
 
-        values, _ = eigenvalues(task.operator)
+        values = exact_spectrum(task.operator).eigenvalues
     else:
         matrix = _functional(task, is_vectorised=way.endswith("vectorised"))
         values = torch.linalg.eigvalsh(matrix).numpy()
