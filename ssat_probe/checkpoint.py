@@ -192,7 +192,7 @@ def checkpoint_of(content: Any, path: Path) -> Checkpoint:
             f"{found or 'nothing'}; give one that ssat-probe train wrote."
         )
     try:
-        recipe = Recipe.from_dict(content["recipe"], source=str(path))
+        recipe = _recipe_of(content["recipe"], path)
         facts = Facts(**content["facts"])
         checkpoint = Checkpoint(path, recipe, facts, content["stage"], content["epoch"], content["model"])
         is_whole = checkpoint.hash == content["hash"]
@@ -201,6 +201,14 @@ def checkpoint_of(content: Any, path: Path) -> Checkpoint:
     if not is_whole:
         raise ValueError(_damaged(path, "a checkpoint"))
     return checkpoint
+
+
+def _recipe_of(values: Any, path: Path) -> Recipe:
+    """Recipe of a file; a value that no recipe can have is a sentence that names the file."""
+    try:
+        return Recipe.from_dict(values, source=str(path))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
 def save_tensors(content: dict[str, Any], path: Path) -> Path:
