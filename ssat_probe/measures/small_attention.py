@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Measured on two cores with AVX-512 (analyses/benchmarks/landscape.py): up to these sizes this is 1.2 to 2.1 times as
-# fast as the fused kernel; above, it is slower.
+# Tuned on a busy CPU with AVX-512: a prototype was 1.1 to 2.1 times as fast as the fused kernel at 5 and 17 tokens with
+# heads of 4 to 16 entries, and slower at 65 tokens; the limits between those sizes are a guess.
 MOST_TOKENS = 32
 WIDEST_HEAD = 16
 FEW_TOKENS = 8  # up to so many, and WIDEST_OF_FEW, images and heads are the fastest axis of every tensor
