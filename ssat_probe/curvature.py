@@ -2,33 +2,43 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssat_probe.measures import processes
+from ssat_probe.measures.batching import pieces
 from ssat_probe.measures.gauss_newton import cross_entropy_output, gauss_newton
 from ssat_probe.measures.hessian import HessianOperator
+from ssat_probe.measures.memory import Room, need, room
 from ssat_probe.measures.selection import selected
 from ssat_probe.subject import Batch, Subject
 
 
 class SizedBatches:
-    """Batches of a subject with their sizes, readable again and again."""
+    """Batches of a subject with their sizes, perhaps cut into micro-batches; this process's share; readable again."""
 
-    def __init__(self, batches: Callable[[], Iterator[Batch]]) -> None:
+    def __init__(self, batches: Callable[[], Iterator[Batch]], micro_batch: int | None = None) -> None:
         """Nothing is read yet.
 
         Args:
             batches: Gives the batches, from the first one again at every call.
+            micro_batch: Images at a time at most; None leaves the batches as they are.
         """
-        self._batches = batches
+        self._batches, self._micro_batch = batches, micro_batch
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        """Each batch and its number of images."""
+        """Each batch and its number of images; every n-th where n processes share them."""
+        return itertools.islice(self._all(), processes.place()[0], None, processes.place()[1])
+
+    def _all(self) -> Iterator[tuple[Batch, int]]:
         for batch in self._batches():
-            yield batch, len(batch.images)
+            num = len(batch.images)
+            yield from pieces(batch, num, self._micro_batch or num)
 
 
 def in_float64(subject: Subject) -> Subject:
@@ -80,6 +90,7 @@ def operators(
     matrix: str = "hessian",
     is_augmented: bool = False,
     l2: bool = False,
+    micro_batch: int | None = None,
 ) -> tuple[HessianOperator, HessianOperator]:
     """Hessian of a loss, for loss and gradient, and the matrix that is looked at: often the same.
 
@@ -92,25 +103,28 @@ def operators(
         is_augmented: Look at images changed as in training, each always in the same way.
         l2: Add the recipe's weight decay to the loss; its curvature is the decay along parameters that decay, and
             none along the others.
+        micro_batch: Images at a time at most; None means the subject's batches.
 
     Returns:
         Both over the same parameters and images.
     """
     parameters, coordinates = selected(everything, params)
-    batches = SizedBatches(partial(subject.batches, is_augmented=True) if is_augmented else subject.batches)
+    source = partial(subject.batches, is_augmented=True) if is_augmented else subject.batches
+    batches = SizedBatches(source, micro_batch)
+    options: dict[str, Any] = {"coordinates": coordinates, "is_sharded": processes.place()[1] > 1}
     decay = l2_term(parameters, subject.checkpoint.recipe.weight_decay) if l2 else None
 
     def whole(batch: Batch) -> Tensor:
         return subject.loss(batch, loss) if decay is None else subject.loss(batch, loss) + decay()
 
-    plain = HessianOperator(parameters, whole, batches, coordinates=coordinates)
+    plain = HessianOperator(parameters, whole, batches, **options)
     if matrix == "hessian":
         return plain, plain
     return plain, gauss_newton(
         parameters,
         lambda batch: cross_entropy_output(subject.model(batch.images)),
         batches,
-        coordinates=coordinates,
+        **options,
     )
 
 
@@ -133,3 +147,34 @@ def shared_parameters(subject: Subject) -> dict[str, Tensor]:
     ]
     is_shared = [all(one is not None for one in gradients) for gradients in zip(*used, strict=True)]
     return {name: one for (name, one), is_in in zip(everything.items(), is_shared, strict=True) if is_in}
+
+
+def room_for(
+    subject: Subject,
+    everything: Mapping[str, Tensor],
+    loss: str = "cross_entropy",
+    params: Sequence[str] = (),
+    *,
+    max_bytes: int,
+    num_vectors: int = 0,
+) -> Room:
+    """How a budget of memory is used for a subject: micro-batch, kept graphs, place of the Lanczos vectors.
+
+    Args:
+        subject: Model, images and losses.
+        everything: As for `operators`.
+        loss: As for `operators`.
+        params: As for `operators`.
+        max_bytes: The budget, beside model and images.
+        num_vectors: Lanczos vectors that are kept.
+
+    Returns:
+        For `operators`; a budget that is too small is a ValueError.
+    """
+    plain, _ = operators(subject, everything, loss, params)
+    whole = [(batch, len(batch.images)) for batch in itertools.islice(subject.batches(), 1)]
+    sizes = [len(batch.images) for batch in subject.batches()]
+    rank, num = processes.place()
+    share = -(-sum(sizes) // num)
+    found = need(plain.parameters, plain.loss, whole, max_bytes) if rank == 0 else None
+    return room(max_bytes, plain.size, num_vectors, processes.first(found), share, min(max(sizes), share))

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -51,7 +52,8 @@ class Probe(Protocol):
     one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
     network of each architecture and seed as if it were one more checkpoint. A property ``policy`` says in a few words
     of what the measures are taken, such as ``queries patch, keys all``. A method ``estimate(subject) -> str`` says what
-    measuring one checkpoint costs.
+    measuring one checkpoint costs. A class variable ``resumes = True`` says that ``measure`` takes
+    a folder ``unfinished`` for what lets it go on after an interruption; `run` removes it in the end.
     """
 
     split: ClassVar[str]
@@ -132,6 +134,7 @@ def measure_all(
     sample: Sample,
     progress: Progress = lambda done, total, text: None,
     source: Source = Source(),
+    unfinished: Path | None = None,
 ) -> tuple["DataFrame", dict[str, Any]]:
     """Table of a probe for some checkpoints, and the record of how it was made.
 
@@ -141,6 +144,7 @@ def measure_all(
         sample: Which images.
         progress: Told how many checkpoints are done.
         source: What is said about foreign weights.
+        unfinished: Folder for what lets an interrupted measurement go on, where the probe can.
 
     Returns:
         The table with identity columns in front, and the record as plain data.
@@ -152,10 +156,13 @@ def measure_all(
     if hasattr(probe, "between"):
         tables = list(probe.between(iter(subjects)))
     else:
-        tables = [_measured(probe, subject, label, progress) for label, subject in subjects]
+        tables = [_measured(probe, subject, label, progress, unfinished) for label, subject in subjects]
+    measured = {entry["checkpoint"]: table.attrs for entry, table in zip(subjects.seen, tables, strict=True)}
     tables = [_with_identity(table, one) for table, one in zip(tables, subjects.identities, strict=True)]
     progress(len(paths), len(paths), "")
     record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started)
+    if any(measured.values()):
+        record["measured"] = _plain(measured)
     return pd.concat(tables, ignore_index=True), record
 
 
@@ -179,13 +186,15 @@ def estimate(probe: Probe, paths: Sequence[Path], sample: Sample, source: Source
     return f"{_name_of(probe)}: {text}, {len(paths)} of them"
 
 
-def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress) -> "DataFrame":
+def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress, unfinished: Path | None) -> "DataFrame":
     """The probe's table; one that takes minutes a checkpoint says how many of its steps it has done."""
     num_steps: int = getattr(probe, "num_steps", 0)
-    if not num_steps:
-        return probe.measure(subject)
-    steps: Any = {"on_step": lambda step: progress(min(step, num_steps), num_steps, label)}
-    return probe.measure(subject, **steps)
+    options: dict[str, Any] = {}
+    if num_steps:
+        options["on_step"] = lambda step: progress(min(step, num_steps), num_steps, label)
+    if getattr(probe, "resumes", False):
+        options["unfinished"] = unfinished
+    return probe.measure(subject, **options)
 
 
 def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float) -> dict[str, Any]:
@@ -237,8 +246,10 @@ def run(
         The table.
     """
     check_writable(out)
-    table, record = measure_all(probe, paths, sample, progress, source)
+    unfinished = out / f".{_name_of(probe)}-unfinished"
+    table, record = measure_all(probe, paths, sample, progress, source, unfinished)
     write_results(probe, table, record, out)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return table
 
 

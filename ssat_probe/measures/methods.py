@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,12 @@ from ssat_probe.measures.inverse import (
     lissa,
 )
 from ssat_probe.measures.jackknife import DataErrors, data_errors
-from ssat_probe.measures.lanczos import Krylov, lanczos
+from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.peers import pyhessian
+from ssat_probe.measures.stopping import Until, is_reached, run_length
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
+SAVE_EVERY_S = 10.0  # seconds between two states of an unfinished Lanczos run
 LISSA_STEPS = 20  # outer Lanczos steps at most: each takes some hundred products; the negative edge comes first
 MOST_STEPS = 1000  # of the recursion with mini-batches that is shown beside the others; it stops at their noise
 
@@ -54,6 +59,16 @@ class Settings:
     on_step: Callable[[int], None] | None = None
     on_run: Callable[[Krylov], None] | None = None
     "Given the first Lanczos run, with its basis."
+    until: tuple[Until, ...] = ()
+    "Stop a Lanczos run before ``steps`` where all of these hold."
+    folder: Path | None = None
+    "Where unfinished Lanczos runs are kept, to be gone on with; None keeps none."
+    key: str = ""
+    "Of all that the products depend on."
+    chunk: int = 0
+    "Start vectors whose runs go in lock-step; 0 means one at a time."
+    is_on_disk: bool = False
+    "Whether Lanczos vectors lie in a file."
 
 
 def rows_of(
@@ -131,32 +146,72 @@ def _lanczos(operator: HessianOperator, certificate: Certificate, evaluation: Ev
         if settings.jackknife:
             errors.append(data_errors(operator, krylov))
 
-    runs = _runs(operator, settings, look if settings.jackknife or settings.on_run is not None else None)
+    runs = _runs(
+        operator, settings, certificate.noise, look if settings.jackknife or settings.on_run is not None else None
+    )
     kept = spectrum.distance_kept(runs, certificate.noise)
     rows = [*spectrum.ends(runs), *spectrum.negative_part(runs, kept), spectrum.trace_row(runs)]
+    rows += run_length(runs, settings.until, certificate.noise)
     rows = _with_data_errors(rows, errors[0]) if errors else rows
     return [*rows, *spectrum.facts(certificate, evaluation, operator), *spectrum.coefficients(runs)]
 
 
-def _runs(operator: HessianOperator, settings: Settings, on_first: Callable[[Krylov], None] | None) -> list[Krylov]:
-    """One run per probe vector; what looks at the first one gets its basis too."""
+def _runs(
+    operator: HessianOperator, settings: Settings, noise: float, on_first: Callable[[Krylov], None] | None
+) -> list[Krylov]:
+    """One run per start vector, some at the same time; unfinished ones are gone on with."""
     krylovs: list[Krylov] = []
-
-    def step_done(steps: int) -> None:
-        if settings.on_step is not None:
-            settings.on_step(len(krylovs) * settings.steps + steps)
-
-    with operator:
-        for probe in range(settings.probes):
-            seed = settings.seed + 1_000_003 * probe
-            options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": seed}
-            options |= {"with_basis": on_first is not None and probe == 0, "on_step": step_done}
-            krylovs.append(lanczos(operator.product, operator.size, settings.steps, **options))
-            if on_first is not None and probe == 0:
+    together = max(settings.chunk, 1)
+    with operator, ExitStack() as stack:
+        folder = settings.folder
+        if folder is None and settings.is_on_disk:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="ssat-probe-")))
+        for first in range(0, settings.probes, together):
+            runs = [_run(operator, settings, folder, probe) for probe in range(settings.probes)[first:][:together]]
+            for run in runs:
+                stack.callback(run.close)
+                operator.num_products += run.num_steps  # those before an interruption
+            _finish(runs, operator, settings, noise, first * settings.steps)
+            krylovs += [run.krylov() for run in runs]
+            if on_first is not None and first == 0:
                 operator.release()
-                on_first(krylovs[0])
-                krylovs[0] = replace(krylovs[0], basis=None)
+                on_first(runs[0].krylov(with_basis=True))
     return krylovs
+
+
+def _run(operator: HessianOperator, settings: Settings, folder: Path | None, probe: int) -> LanczosRun:
+    """The run of one start vector, where it was left if it was."""
+    own = None if folder is None else folder / f"probe{probe}"
+    if own is not None:
+        own.mkdir(parents=True, exist_ok=True)
+    return LanczosRun(
+        operator.size,
+        settings.steps,
+        seed=settings.seed + 1_000_003 * probe,
+        precision=operator.precision,
+        device=operator.device,
+        folder=own,
+        is_on_disk=settings.is_on_disk,
+        key=settings.key,
+    )
+
+
+def _finish(runs: list[LanczosRun], operator: HessianOperator, settings: Settings, noise: float, before: int) -> None:
+    """All steps that are left, in lock-step, with the state written now and then."""
+    saved = time.monotonic()
+    while going := [run for run in runs if not (run.is_done or is_reached(settings.until, run.krylov(), noise))]:
+        images = operator.products(torch.stack([run.vector for run in going]))
+        for run, image in zip(going, images, strict=True):
+            run.take(image)
+        if settings.folder is not None and time.monotonic() - saved >= SAVE_EVERY_S:
+            for run in going:
+                run.save()
+            saved = time.monotonic()
+        if settings.on_step is not None:
+            settings.on_step(before + sum(run.num_steps for run in runs))
+    if settings.folder is not None:
+        for run in runs:
+            run.save()
 
 
 def _with_data_errors(rows: Rows, found: DataErrors) -> Rows:

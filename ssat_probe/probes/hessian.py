@@ -1,19 +1,24 @@
 """Spectrum of the loss Hessian: both ends, density, negative part with certified brackets, trace."""
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssat_probe.registry import known
-from ssat_probe.table import Column
+from ssat_probe.table import Column, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from ssat_probe.measures.hessian import HessianOperator
     from ssat_probe.measures.lanczos import Krylov
+    from ssat_probe.measures.memory import Room
+    from ssat_probe.measures.mode import Mode
     from ssat_probe.subject import Subject
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
@@ -41,19 +46,24 @@ class Probe:
     matrix: str = "hessian"
     "hessian, or gauss_newton: its positive semi-definite part."
     memory: float = 2.0
-    "GiB that a dense matrix may take."
+    "GiB for graphs, Lanczos vectors and dense matrices, beside model and images; vectors that do not fit lie on disk."
+    mode: str = "auto"
+    "How products are made: cached, fresh, batched (several start vectors at once), or auto: the fastest, measured."
+    until: tuple[str, ...] = ()
+    "Stop Lanczos before --steps where all hold: bracket=0.01 (share below -0.001 λmax), residual=1e-3 (both ends)."
     vectors: Path | None = None
     "Folder in which the two outermost eigenvectors of each end are kept, for landscape --eigenvectors; empty: none."
     most_seconds: float = 3600.0
     "Seconds that an exact spectrum may take; one that is estimated to take longer is refused."
     jackknife: bool = True
-    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches at least."
+    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches, and vectors in memory."
     augmented: bool = False
     "Look at images changed as in training, each always in the same way."
     l2: bool = False
     "Add the weight decay of the training to the loss, as half of it times the squared length of what decays."
 
     split: ClassVar[str] = "train"
+    resumes: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (
         Column("quantity", "", "what the row holds"),
         Column("probe", "", "start vector, from 0; -1 for what all of them give together"),
@@ -81,12 +91,15 @@ class Probe:
         """Products that a run will take and tell of; 0 where the method does not know beforehand."""
         return self.steps * self.probes if self.method == "lanczos" and not self.compare else 0
 
-    def measure(self, subject: "Subject", on_step: Callable[[int], None] | None = None) -> "DataFrame":
+    def measure(
+        self, subject: "Subject", on_step: Callable[[int], None] | None = None, unfinished: Path | None = None
+    ) -> "DataFrame":
         """Certified spectrum of the mean loss over the subject's images.
 
         Args:
             subject: Model, images and losses.
             on_step: Called after each product of a Lanczos run with the number of products so far.
+            unfinished: Folder where a Lanczos run that is interrupted is kept, and gone on with by the same call.
 
         Returns:
             One row per quantity, then one per eigenvalue listed, quadrature node and Lanczos coefficient. An option
@@ -94,28 +107,42 @@ class Probe:
         """
         import pandas as pd
 
-        from ssat_probe.curvature import in_float64, operators
+        from ssat_probe.curvature import in_float64, operators, room_for
         from ssat_probe.measures.certificate import certify
         from ssat_probe.measures.methods import Settings, compared, rows_of
+        from ssat_probe.measures.stopping import until
 
         self._check()
         subject = in_float64(subject) if "exact" in (self.method, *self.compare) else subject
         everything = subject.parameters(self.loss)
         chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
-        plain, operator = operators(subject, everything, self.loss, **chosen)
+        max_bytes = int(self.memory * 2**30)
+        space = room_for(
+            subject, everything, self.loss, self.params, max_bytes=max_bytes, num_vectors=self.num_steps and self.steps
+        )
+        plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
+        plain.keeps = operator.keeps = space.is_cached
+        key = self._key(subject, [space.micro_batch, space.is_cached])
+        folder = None if unfinished is None else unfinished / hashlib.sha256(key.encode()).hexdigest()[:16]
         certificate, evaluation = certify(operator, evaluated=plain), plain.evaluate()
+        mode = self._mode(operator, space, folder)
         on_run = None if self.vectors is None else partial(self._keep, self.vectors, subject, self.loss)
         settings = Settings(
             self.steps,
             self.probes,
             self.seed,
-            max_bytes=int(self.memory * 2**30),
+            max_bytes=max_bytes,
             max_seconds=self.most_seconds,
             bystanders=tuple(everything.values()),
-            jackknife=self.jackknife,
+            jackknife=self.jackknife and not space.is_on_disk,
             solvers=True,
             on_step=on_step,
             on_run=on_run,
+            until=tuple(map(until, self.until)),
+            folder=folder,
+            key=key,
+            chunk=mode.chunk,
+            is_on_disk=space.is_on_disk,
         )
         if self.compare:
             rows = compared(self.compare, operator, certificate, evaluation, settings)
@@ -124,12 +151,17 @@ class Probe:
         names = [column.name for column in Probe.columns]
         defaults = {"probe": -1, "index": 0, "unit": ""}
         table = pd.DataFrame([defaults | row for row in rows], columns=names)
-        return table.astype({name: float for name in names[3:-1]})
+        table = table.astype({name: float for name in names[3:-1]})
+        table.attrs = {"mode": asdict(mode), "memory": asdict(space)}  # measured seconds: for the record
+        return table
 
     def _check(self) -> None:
         """Refuse options that are out of range, before anything is computed."""
         from ssat_probe.measures.methods import METHODS
+        from ssat_probe.measures.stopping import until
 
+        for text in self.until:
+            until(text)
         known(self.loss, LOSSES, "losses")
         known(self.matrix, MATRICES, "matrices")
         for method in (self.method, *self.compare):
@@ -154,6 +186,33 @@ class Probe:
                 "--vectors keeps eigenvectors of the whole Hessian, found by at least 4 Lanczos steps, got another "
                 "matrix, method or selection; leave --method, --matrix, --compare and --params out."
             )
+
+    @property
+    def _is_many(self) -> bool:
+        """Whether products with several vectors at once are of use."""
+        return "exact" in (self.method, *self.compare) or self.probes > 1
+
+    def _mode(self, operator: "HessianOperator", space: "Room", folder: Path | None) -> "Mode":
+        """The fastest way to products; that of the interrupted run where there is one."""
+        from ssat_probe.measures.mode import Mode, fastest
+
+        kept = None if folder is None else folder / "mode.json"
+        if kept is not None and kept.is_file():
+            mode = Mode(**json.loads(kept.read_text(encoding="utf-8")))
+            operator.keeps = mode.name != "fresh"
+            return mode
+        num = operator.size if "exact" in (self.method, *self.compare) else self.probes
+        mode = fastest(operator, num_vectors=num, is_cached=space.is_cached, max_chunk=space.max_chunk, asked=self.mode)
+        if kept is not None:
+            write_atomically(kept, json.dumps(asdict(mode)))
+        return mode
+
+    def _key(self, subject: "Subject", plan: list[Any]) -> str:
+        """All that a run depends on, so that an unfinished one is gone on with by the same run only."""
+        from importlib.metadata import version
+
+        seen = [subject.checkpoint.hash, subject.fingerprint, asdict(subject.sample), str(subject.device), plan]
+        return json.dumps([asdict(self), seen, version("ssat-probe"), version("torch")], default=str)
 
     @staticmethod
     def _keep(folder: Path, subject: "Subject", loss: str, krylov: "Krylov") -> None:

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from pandas import DataFrame
 from torch import nn
 
+from ssat_probe.measures import methods
 from ssat_probe.measures.certificate import certify
 from ssat_probe.measures.hessian import HessianOperator, dense
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
+from ssat_probe.measures.stopping import Until
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,86 @@ def test_lissa_alone_shows_every_solver_on_one_right_hand_side(operator):
         assert entry_of(rows, f"inverse_residual_{solver}")["converged"] == 1
         assert entry_of(rows, f"inverse_products_{solver}")["value"] >= 1
     assert entry_of(rows, "inverse_residual_lissa_batches")["value"] < 1
+
+
+class StopError(Exception):
+    """What an interruption looks like."""
+
+
+def rows_and_steps(operator: HessianOperator, **options: object) -> tuple[list, int]:
+    """Rows of a Lanczos run, and products that it took."""
+    certificate, evaluation, before = certify(operator), operator.evaluate(), operator.num_products
+    rows = rows_of("lanczos", operator, certificate, evaluation, Settings(steps=19, probes=2, **options))
+    return [row for row in rows if row["quantity"] != "num_products"], operator.num_products - before
+
+
+def interrupted(operator: HessianOperator, after: int, **options: object) -> None:
+    def on_step(step: int) -> None:
+        if step >= after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        rows_and_steps(operator, on_step=on_step, **options)
+
+
+class TestGoingOn:
+    @pytest.fixture(autouse=True)
+    def at_every_step(self, monkeypatch):
+        monkeypatch.setattr(methods, "SAVE_EVERY_S", 0.0)
+
+    @pytest.mark.parametrize("is_on_disk", [False, True])
+    @pytest.mark.parametrize("after", [1, 7, 18, 19, 24])
+    def test_an_interrupted_run_goes_on_bit_by_bit(self, operator, tmp_path, after, is_on_disk):
+        places = {"is_on_disk": is_on_disk, "key": "a"}
+        whole, num = rows_and_steps(operator, folder=tmp_path / "whole", **places)
+        interrupted(operator, after, folder=tmp_path / "cut", **places)
+        again, rest = rows_and_steps(operator, folder=tmp_path / "cut", **places)
+        assert num == 38
+        assert rest == 38 - after
+        np.testing.assert_equal(again, whole)
+
+    def test_a_break_survives(self, tmp_path):
+        weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        data = torch.randn(2, 5, dtype=torch.float64)
+        low_rank = HessianOperator({"w": weight}, lambda b: ((b @ weight) ** 2).mean(), [(data, 2)])
+        whole, _ = rows_and_steps(low_rank, folder=tmp_path / "whole")
+        interrupted(low_rank, 4, folder=tmp_path / "cut")
+        again, _ = rows_and_steps(low_rank, folder=tmp_path / "cut")
+        np.testing.assert_equal(again, whole)
+        assert any(row["quantity"] == "beta" and row["converged"] for row in whole)
+
+    def test_another_key_or_number_of_steps_begins_anew(self, operator, tmp_path):
+        interrupted(operator, 7, folder=tmp_path, key="a")
+        _, num = rows_and_steps(operator, folder=tmp_path, key="b")
+        assert num == 38
+        _, num = rows_and_steps(operator, folder=tmp_path, key="b")
+        assert num == 0
+
+    def test_a_basis_that_was_cut_off_begins_anew(self, operator, tmp_path):
+        interrupted(operator, 7, folder=tmp_path)
+        path = tmp_path / "probe0" / "basis.float64"
+        path.write_bytes(path.read_bytes()[: 8 * operator.size * 7])
+        _, num = rows_and_steps(operator, folder=tmp_path)
+        assert num == 38
+
+    def test_a_basis_on_disk_lies_in_a_temporary_folder_and_changes_no_number(self, operator, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        seen: set[str] = set()
+
+        def look(step: int) -> None:
+            seen.update(path.name for path in tmp_path.rglob("*.float64"))
+
+        there, _ = rows_and_steps(operator, is_on_disk=True, on_step=look)
+        here, _ = rows_and_steps(operator)
+        np.testing.assert_equal(there, here)
+        assert seen == {"basis.float64"}
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_rules_stop_every_run_and_say_so(operator):
+    rows, num = rows_and_steps(operator, until=(Until("residual", 1e-3),))
+    used = [row["value"] for row in rows if row["quantity"] == "steps_used"]
+    assert sum(used) == num < 38
+    reached = [row for row in rows if row["quantity"] == "until_residual"]
+    assert all(row["converged"] == 1 and row["value"] <= row["high"] == 1e-3 for row in reached)
+    assert [row["converged"] for row in rows if row["quantity"] in ("lambda_max", "lambda_min")] == [1, 1]

@@ -1,8 +1,10 @@
 """The Hessian probe on a small ViT: every number against the dense Hessian, table, summary and figure."""
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,12 +17,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssat_probe import probe as runner
+from ssat_probe.curvature import room_for
+from ssat_probe.measures import methods
 from ssat_probe.measures.hessian import HessianOperator, dense
 from ssat_probe.measures.jackknife import standard_error
-from ssat_probe.measures.lanczos import lanczos, ritz
+from ssat_probe.measures.lanczos import LanczosRun, lanczos, ritz
 from ssat_probe.measures.quadrature import Estimate, spectrum_mass
 from ssat_probe.measures.spectrum import WIDEST, runs_of
 from ssat_probe.probes import hessian
+from ssat_probe.sample import Sample
 
 STEPS = 60
 
@@ -305,6 +311,59 @@ class TestRefusals:
         with pytest.raises(ValueError, match="must pass the check of determinism, got"):
             hessian.Probe(steps=3).measure(Noisy(subject.model, subject.images, subject.labels), told.append)
         assert told == []
+
+
+class TestRunControl:
+    def test_a_small_budget_cuts_batches_and_changes_no_number(self, subject):
+        probe = hessian.Probe(steps=20)
+        whole, one = probe.measure(subject), hessian.Probe(steps=20, memory=1e-3).measure(subject)
+        is_rounding = whole["quantity"].str.match("check_|noise")
+        pd.testing.assert_frame_equal(one[~is_rounding], whole[~is_rounding], rtol=1e-6, atol=1e-9)
+        space = room_for(subject, subject.parameters(""), max_bytes=2**20, num_vectors=20)
+        assert not space.is_cached
+        assert space.micro_batch < subject.batch_size
+
+    def test_a_budget_too_small_is_refused(self, subject):
+        with pytest.raises(ValueError, match=r"memory must be at least .* GiB .* got 1e-05"):
+            hessian.Probe(memory=1e-5).measure(subject)
+
+    def test_rules_are_checked_and_obeyed(self, subject):
+        with pytest.raises(ValueError, match=r"as 'bracket=0.01' or 'residual=1e-3', got 'bracket=x'"):
+            hessian.Probe(until=("bracket=x",)).measure(subject)
+        table = hessian.Probe(steps=STEPS, until=("residual=0.5", "bracket=0.2")).measure(subject)
+        assert 10 <= entry(table, "steps_used")["value"] < STEPS
+        assert entry(table, "until_residual")["converged"] == entry(table, "until_bracket")["converged"] == 1
+        assert entry(table, "until_bracket")["high"] == 0.2
+
+    def test_an_interrupted_command_goes_on_and_another_does_not(self, tmp_path, monkeypatch):
+        checkpoint = Path(__file__).parents[2] / "checkpoints" / "vit_nano-digits-scratch-seed0" / "scratch.pt"
+        sample = Sample(num_images=7, device="cpu")
+        monkeypatch.setattr(methods, "SAVE_EVERY_S", 0.0)
+        products: list[int] = []
+        take = LanczosRun.take
+        monkeypatch.setattr(LanczosRun, "take", lambda run, image: (products.append(1), take(run, image)))
+
+        def run(out: str, steps: int = 4, num_images: int = 7, stop: int = 0) -> pd.DataFrame:
+            def progress(done: int, total: int, text: str) -> None:
+                if total == steps and stop and done >= stop:
+                    raise KeyboardInterrupt
+
+            products.clear()
+            chosen = dataclasses.replace(sample, num_images=num_images)
+            return runner.run(hessian.Probe(steps=steps), [checkpoint], chosen, tmp_path / out, progress)
+
+        whole = run("whole")
+        assert len(products) == 4
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", stop=3)
+        assert (tmp_path / "cut" / ".hessian-unfinished").is_dir()
+        for other in ({"steps": 5}, {"num_images": 8}):
+            with pytest.raises(KeyboardInterrupt):
+                run("cut", stop=2, **other)
+            assert len(products) == 2
+        pd.testing.assert_frame_equal(run("cut"), whole, check_exact=True)
+        assert len(products) == 1
+        assert not (tmp_path / "cut" / ".hessian-unfinished").exists()
 
 
 class TestFigure:
