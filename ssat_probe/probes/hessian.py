@@ -56,7 +56,7 @@ class Probe:
     most_seconds: float = 3600.0
     "Seconds that an exact spectrum may take; one that is estimated to take longer is refused."
     jackknife: bool = True
-    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches, and vectors in memory."
+    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches, vectors in memory."
     augmented: bool = False
     "Look at images changed as in training, each always in the same way."
     l2: bool = False
