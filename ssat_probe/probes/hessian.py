@@ -122,7 +122,7 @@ class Probe:
         )
         plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
         plain.keeps = operator.keeps = space.is_cached
-        key = self._key(subject, [space.micro_batch, space.is_cached])
+        key = "" if unfinished is None else self._key(subject, [space.micro_batch, space.is_cached])
         folder = None if unfinished is None else unfinished / hashlib.sha256(key.encode()).hexdigest()[:16]
         certificate, evaluation = certify(operator, evaluated=plain), plain.evaluate()
         mode = self._mode(operator, space, folder)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ssat_probe.measures import methods
 from ssat_probe.measures.certificate import certify
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.hessian import Evaluation, HessianOperator, dense
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
 from ssat_probe.measures.stopping import Until
@@ -127,9 +127,15 @@ class StopError(Exception):
 
 def rows_and_steps(operator: HessianOperator, **options: object) -> tuple[list, int]:
     """Rows of a Lanczos run, and products that it took."""
-    certificate, evaluation, before = certify(operator), operator.evaluate(), operator.num_products
+    certificate, evaluation, before = certify(operator), operator.evaluate(), operator.num_images
     rows = rows_of("lanczos", operator, certificate, evaluation, Settings(steps=19, probes=2, **options))
-    return [row for row in rows if row["quantity"] != "num_products"], operator.num_products - before
+    return [row for row in rows if row["quantity"] != "num_products"], (
+        operator.num_images - before
+    ) // evaluation_size(evaluation)
+
+
+def evaluation_size(evaluation: Evaluation) -> int:
+    return sum(evaluation.batch_sizes)
 
 
 def interrupted(operator: HessianOperator, after: int, **options: object) -> None:
