@@ -241,7 +241,8 @@ class TestTable:
     def test_progress_goes_through_all_probes(self, subject):
         told = []
         hessian.Probe(steps=3, probes=2).measure(subject, told.append)
-        assert told == [1, 2, 3, 4, 5, 6]
+        assert told[-1] == 6
+        assert told in ([1, 2, 3, 4, 5, 6], [2, 4, 6])  # one vector after the other, or both at once if that is faster
 
     def test_float32_model_gives_the_same_ends_and_the_same_table_for_any_batch_size(self, subject, table):
         single = Subject(subject.model.float(), subject.images.float(), subject.labels)
@@ -317,8 +318,10 @@ class TestRunControl:
     def test_a_small_budget_cuts_batches_and_changes_no_number(self, subject):
         probe = hessian.Probe(steps=20)
         whole, one = probe.measure(subject), hessian.Probe(steps=20, memory=1e-3).measure(subject)
-        is_rounding = whole["quantity"].str.match("check_|noise")
-        pd.testing.assert_frame_equal(one[~is_rounding], whole[~is_rounding], rtol=1e-6, atol=1e-9)
+        # The jackknife leaves out what is read at once: smaller batches, and more of them.
+        is_other = whole["quantity"].str.match("check_|noise|data_")
+        same = [table[~is_other].drop(columns="data_error") for table in (one, whole)]
+        pd.testing.assert_frame_equal(*same, rtol=1e-6, atol=1e-9)
         space = room_for(subject, subject.parameters(""), max_bytes=2**20, num_vectors=20)
         assert not space.is_cached
         assert space.micro_batch < subject.batch_size
