@@ -35,6 +35,7 @@ from ssat_probe.run import (
     refuse_other,
     refuse_without_snapshots,
     save_state,
+    share_statistics,
     snapshot_epochs,
     write_checkpoint,
     write_snapshot,
@@ -121,7 +122,7 @@ def train(
                 global_step = before * per_epoch + state.epoch * per_epoch + state.step
                 rate = learning_rate(recipe, position, num_epochs)
                 sums = _update(run, objective, optimiser, loaded, global_step, rate)
-                if not np.isfinite(sums["loss"]):
+                if not _is_finite_everywhere(run, sums["loss"]):
                     raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
                 seconds = time.monotonic() - started
                 if average is not None:
@@ -331,6 +332,7 @@ def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
 def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: ModelEmaV3 | None) -> None:
     """Evaluate, write the log's row, and start the next epoch's sums."""
     started = time.monotonic()
+    share_statistics(run)
     mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
     encoders = {"val": run.encoder} | ({"ema_val": average.module["encoder"]} if average is not None else {})
     counts = [float("nan")] * 2 * len(encoders)
@@ -373,6 +375,14 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: Mode
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
         run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
+
+
+def _is_finite_everywhere(run: Run, loss: float) -> bool:
+    """Whether no process has lost its way, so that all of them stop if one has."""
+    if run.accelerator.num_processes == 1:
+        return bool(np.isfinite(loss))
+    flag = torch.tensor(float(not np.isfinite(loss)), device=run.accelerator.device)
+    return float(run.accelerator.reduce(flag, "sum")) == 0
 
 
 def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:

@@ -515,6 +515,39 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
             np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
 
 
+NORMED = """
+import sys
+from accelerate import debug_launcher
+from accelerate.state import PartialState
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
+
+def run(folder, rate):
+    recipe = Recipe(method="scratch", model="cvt_nano", subset=24, batch_size=8, epochs=1, base_lr=rate, lr_rule="none",
+                    warmup_epochs=0)
+    try:
+        found = train(recipe, folder, device="cpu").hash
+    except FloatingPointError as error:
+        found = "diverged"
+    sys.stdout.write(f"{PartialState().process_index} {found}\\n")
+    sys.stdout.flush()
+
+if __name__ == "__main__":
+    debug_launcher(run, (sys.argv[1], float(sys.argv[2])), num_processes=2)
+"""
+
+
+@pytest.mark.parametrize(("rate", "is_lost"), [(1e-3, False), (1e38, True)])
+def test_processes_agree_on_statistics_and_on_when_to_stop(tmp_path: Path, rate: float, *, is_lost: bool) -> None:
+    words = [sys.executable, "-c", NORMED, str(tmp_path), str(rate)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
+    found = dict(line.split() for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert found.keys() == {"0", "1"}, done.stderr[-2000:]
+    assert found["0"] == found["1"]
+    assert (found["0"] == "diverged") == is_lost
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tracker must be one that is installed here, got 'clearml'; install it"):
         train(tiny(), tmp_path, device="cpu", tracker="clearml")
