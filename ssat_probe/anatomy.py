@@ -148,9 +148,14 @@ def num_prefix_tokens(model: nn.Module) -> int:
         0 or more; 0 where the class token joins in class attention alone.
 
     Raises:
-        ValueError: If the model does not say.
+        ValueError: If the model does not say, or says that it differs from stage to stage.
     """
     count = getattr(model, "num_prefix_tokens", None)
+    if isinstance(count, tuple):
+        raise ValueError(
+            f"As many tokens must precede the patches in all blocks, got {', '.join(map(str, count))} in the stages of "
+            f"{type(model).__module__.split('.')[-1]}; choose a probe that does not look at tokens (accuracy, hessian)."
+        )
     if not isinstance(count, int):
         names = {name for name in ("cls_token", "class_token") if hasattr(model, name)}
         if not names and not _is_hierarchical(model):

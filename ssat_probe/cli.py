@@ -327,21 +327,25 @@ def _config(words: list[str]) -> tuple[Any, ...]:
     path = Path(words[place + 1]) if place + 1 < len(words) else Path()
     if not path.is_file():
         raise FileNotFoundError(f"--config must be followed by a YAML file, got {str(path)!r}; check the path.")
-    _check_yaml(path)
+    content = _yaml(path)
     del words[place : place + 2]
-    return (cyclopts.config.Yaml(path, use_commands_as_keys=False, must_exist=True),)
+    # Below the command's name, because cyclopts passes over a key that is also a command, as `data` is.
+    return (cyclopts.config.Dict({words[0]: content}, source=str(path)),) if words else ()
 
 
-def _check_yaml(path: Path) -> None:
-    """Name the file and the line where cyclopts would name neither."""
+def _yaml(path: Path) -> Any:
+    """Content of a file; the sentence names the file and the line where cyclopts would name neither."""
     import yaml
 
     try:
-        yaml.safe_load(path.read_bytes())
+        content = yaml.safe_load(path.read_bytes()) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path} must be YAML (key: value), got something else{line}; correct it there.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options (key: value), got a {type(content).__name__}; write one a line.")
+    return content
 
 
 def _fail(sentence: str, status: int = 2) -> None:

@@ -17,7 +17,7 @@ from ssat_probe.measures.hessian import Evaluation, HessianOperator, random_stat
 
 @dataclass(frozen=True)
 class Check:
-    """One measured relative error and the largest one allowed."""
+    """One measured relative error and the largest one allowed; NaN where it cannot be measured."""
 
     name: str
     measured: float
@@ -65,7 +65,7 @@ def certify(operator: HessianOperator, *, seed: int = 0, evaluated: HessianOpera
             operator's own.
 
     Returns:
-        What was measured and allowed, and the noise floor; no check of the reduction where no batch can be cut.
+        What was measured and allowed, and the noise floor; NaN for the reduction where no batch can be cut.
 
     Raises:
         ValueError: If a check fails, with its name, what was measured and allowed, and what to do; or if the dtype is
@@ -85,16 +85,16 @@ def certify(operator: HessianOperator, *, seed: int = 0, evaluated: HessianOpera
     image = operator.product(first)
     symmetry = _symmetry(operator, first, second, image, allowed.symmetry)
     difference = _finite_difference(operator, first, allowed)
-    checks = (determinism, *reduction, symmetry, difference)
+    checks = (determinism, reduction, symmetry, difference)
     return Certificate(checks, _noise(operator, first, image, generator))
 
 
-def _reduction(operator: HessianOperator, allowed: float) -> tuple[Check, ...]:
+def _reduction(operator: HessianOperator, allowed: float) -> Check:
     """Loss and gradient of one batch against the mean of its halves: differ where images do not count by themselves."""
     batch, num = next(((batch, num) for batch, num in operator.batches if num > 1), (None, 0))
     halves = list(pieces(batch, num, -(-num // 2))) if num else []
     if len(halves) < 2 or any(half is batch for half, _ in halves):
-        return ()
+        return Check("reduction", float("nan"), allowed)
     whole, parts = (
         HessianOperator(operator.parameters, operator.loss, some, reduction=operator.reduction).evaluate()
         for some in ([(batch, num)], halves)
@@ -107,7 +107,7 @@ def _reduction(operator: HessianOperator, allowed: float) -> tuple[Check, ...]:
         "the loss of a batch is not the mean (or sum, if so declared) over its images; look for a wrong reduction, "
         "batch normalisation in training mode, and losses that compare images with each other"
     )
-    return (_passed(Check("reduction", measured, allowed), advice, measured > allowed),)
+    return _passed(Check("reduction", measured, allowed), advice, measured > allowed)
 
 
 @contextmanager

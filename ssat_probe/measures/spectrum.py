@@ -83,7 +83,7 @@ def facts(certificate: Certificate, evaluation: Evaluation, operator: HessianOpe
         {"quantity": "precision", "value": operator.precision},
         *(
             {"quantity": f"check_{check.name}".replace(" ", "_"), "value": check.measured, "high": check.allowed}
-            | {"converged": 1.0}
+            | {"converged": float("nan") if np.isnan(check.measured) else 1.0}
             for check in certificate.checks
         ),
         {"quantity": "noise_floor", "value": certificate.noise, "unit": "loss"},

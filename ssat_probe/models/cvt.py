@@ -95,7 +95,7 @@ class Model(nn.Module):
         self.img_size, self.patch_size, self.channels, self.dim = img_size, patch_size, channels, dims[-1]
         self.stride, self.grid = stride, (img_size[0] // stride[0], img_size[1] // stride[1])
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens = (0, 0, 1)  # by stage
         self.with_class_token, self.keeps_hidden = True, KEEPS_HIDDEN
         self.num_stages = len(dims)
         for number in range(self.num_stages):

@@ -1,5 +1,6 @@
 """The certificate lets right operators pass and names what is wrong with the others."""
 
+import math
 import random
 
 import pytest
@@ -131,7 +132,8 @@ class TestImagesAlone:
     def test_batches_that_cannot_be_cut_go_without_this_check(self):
         weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
         found = certify(HessianOperator({"weight": weight}, lambda _: (weight**4).sum(), [(None, 7)]))
-        assert [check.name for check in found.checks] == ["determinism", "symmetry", "finite difference"]
+        assert [check.name for check in found.checks if math.isnan(check.measured)] == ["reduction"]
+        assert len(found.checks) == 4
 
 
 class TestNoise:
