@@ -8,9 +8,7 @@ from ssat_probe.registry import known
 from ssat_probe.table import Column
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy import ndarray
     from pandas import DataFrame
 
     from ssat_probe.subject import Subject
@@ -18,8 +16,15 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "reconstruction", "joint")
 DIRECTIONS = ("random", "gradient", "top", "top2", "bottom", "bottom2")
-LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
-MOST_RECONSTRUCTIONS = 4  # more panels of a second term would hide the first
+_SCALARS = (
+    "sharpness_sam",
+    "sharpness_worst",
+    "sharpness_average",
+    "lowest",
+    "roughness",
+    "convex_share",
+    "flat_share",
+)
 
 
 @dataclass(frozen=True)
@@ -143,31 +148,17 @@ class Probe:
     def draw(self, table: "DataFrame") -> "Figure":
         """Lines of the terms apart, then a surface per checkpoint (or first seed of a method) on one shared scale.
 
+        Each as labelled contours and, for the first term, as a surface in three dimensions.
+
         Args:
             table: Of one or more checkpoints.
 
         Returns:
             Contours carry their level; dashed is where the quadratic of the Hessian reaches the level in the legend.
         """
-        from ssat_probe import drawing
+        from ssat_probe import landscape_drawing
 
-        lines = [key for key in _LINES if not _line(table, *key).empty]
-        drawn = drawing.series(table)
-        terms = [term for term in _SURFACES if not _points(table, "surface", term).empty]
-        terms = terms[:1] if len(drawn) > MOST_RECONSTRUCTIONS else terms
-        surfaces = [(term, one) for term in terms for one in drawn if not _points(one.table, "surface", term).empty]
-        num = len(lines) + len(surfaces)
-        rows = -(-num // 3)
-        with drawing.style():
-            figure, axes = drawing.panels(rows, 3, height=2.15 * rows)
-            for ax, key in zip(axes, lines, strict=False):
-                _draw_lines(ax, _line(table, *key), *key)
-            for ax, (term, one) in zip(axes[len(lines) :], surfaces, strict=False):
-                _draw_surface(ax, one, term, _shared_levels(table, term), _quadratic_level(table, term))
-            for ax in axes[num:]:
-                ax.remove()
-            drawing.legend_below(figure, _note(table))
-        return figure
+        return landscape_drawing.draw(table)
 
     def summary(self, table: "DataFrame") -> "DataFrame":
         """One row per checkpoint: loss, sharpness, shape of the surface, and how well the Hessian agrees.
@@ -190,139 +181,3 @@ class Probe:
             errors = facts.loc[facts["quantity"] == "check_error", "value"]
             rows.append(row | {"largest check error": errors.max()})
         return pd.DataFrame(rows)
-
-
-_LINES = (
-    ("random", "cross_entropy"),
-    ("random", "reconstruction"),
-    ("random", "l2"),
-    ("top", "cross_entropy"),
-    ("top2", "cross_entropy"),
-    ("bottom", "cross_entropy"),
-    ("bottom2", "cross_entropy"),
-    ("gradient", "cross_entropy"),
-)
-_SURFACES = ("cross_entropy", "reconstruction")
-_SCALARS = (
-    "sharpness_sam",
-    "sharpness_worst",
-    "sharpness_average",
-    "lowest",
-    "roughness",
-    "convex_share",
-    "flat_share",
-)
-_TITLES = {
-    "random": "random directions",
-    "gradient": "gradient",
-    "top": "eigenvector of λmax",
-    "top2": "eigenvector of second largest λ",
-    "bottom": "eigenvector of λmin",
-    "bottom2": "eigenvector of second smallest λ",
-}
-_LABELS = {
-    "cross_entropy": "cross-entropy [nat]",
-    "reconstruction": "reconstruction [pixel²]",
-    "l2": "L2 term [loss]",
-}
-
-
-def _points(table: "DataFrame", quantity: str, term: str) -> "DataFrame":
-    return table[(table["quantity"] == quantity) & (table["term"] == term)]
-
-
-def _line(table: "DataFrame", kind: str, term: str) -> "DataFrame":
-    rows = _points(table, "line", term)
-    directions = rows["direction"].astype(str)
-    return rows[directions.str.startswith(kind) if kind == "random" else directions == kind]
-
-
-def _note(table: "DataFrame") -> str:
-    """What bands and dashed curves are."""
-    note = "bands: smallest to largest of directions and seeds; 1 = as long as the weights, filter by filter"
-    loss = table.loc[table["quantity"] == "curvature", "term"].iloc[0]
-    level = _quadratic_level(table, loss)
-    return note if level is None else f"{note}; dashed: quadratic of the Hessian at {level:g}"
-
-
-def _quadratic_level(table: "DataFrame", term: str) -> float | None:
-    """The contour at which quadratic and surface are compared: the first well above all centres."""
-    highest = _points(table, "centre", term)["value"].max()
-    return next((level for level in LEVELS if level > 1.5 * highest), None)
-
-
-def _draw_lines(ax: "Axes", rows: "DataFrame", kind: str, term: str) -> None:
-    """Mean over directions and seeds, and the range of all of them; on a log axis where it spans decades."""
-    from ssat_probe import drawing
-
-    for one in drawing.series(rows):
-        values = one.table.groupby("x")["value"].agg(["mean", "min", "max"])
-        look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
-        ax.fill_between(values.index, values["min"], values["max"], color=one.look.colour, alpha=0.16, linewidth=0)
-        ax.plot(values.index, values["mean"], label=one.label, **look)
-    finite = rows["value"].dropna()
-    if len(finite) and finite.min() > 0 and finite.max() > 30 * finite.min():
-        ax.set_yscale("log")
-    drawing.label_axes(ax, "relative distance" if kind == "random" else "distance", _LABELS[term], _TITLES[kind])
-
-
-def _shared_levels(table: "DataFrame", term: str) -> list[float]:
-    """Contour levels 1, 2, 5, ... that span all surfaces of a term."""
-    values = _points(table, "surface", term)["value"].dropna()
-    low, high = max(values.min(), 1e-5), min(values.max(), 1e6)
-    inside = [level for level in LEVELS if low <= level <= high]
-    below = [level for level in LEVELS if level < low][-1:]
-    above = [level for level in LEVELS if level > high][:1]
-    levels = below + inside + above
-    if len(inside) < 3 and high > low:  # a narrow range needs its own levels
-        import numpy as np
-
-        levels = [float(level) for level in np.linspace(low, high, 8)]
-    return levels if len(levels) > 1 else [low, low + 1e-5]
-
-
-def _draw_surface(ax: "Axes", one: Any, term: str, levels: list[float], level: float | None) -> None:
-    """Labelled contours, the checkpoint at the centre, and the Hessian's quadratic where it is of this term."""
-    import numpy as np
-    from matplotlib.colors import LogNorm
-
-    from ssat_probe import drawing
-
-    checkpoint = one.table["checkpoint"].iloc[0]
-    table = one.table[one.table["checkpoint"] == checkpoint]
-    points = _points(table, "surface", term)
-    grid = points.pivot_table(index="y", columns="x", values="value", dropna=False)
-    x, y, z = (np.asarray(part, dtype=float) for part in (grid.columns, grid.index, grid))
-    shown = np.ma.masked_invalid(z)
-    ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
-    lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
-    ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
-    first, _, second = str(points["direction"].iloc[0]).partition(" ")
-    if level is not None:
-        _draw_quadratic(ax, table, term, level, (first, second), (x, y))
-    ax.plot(0, 0, marker="+", color="white", markersize=6)
-    ax.grid(visible=False)
-    title = one.label + (f", seed {table['seed'].iloc[0]}" if one.num_seeds > 1 else "")
-    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
-
-
-def _draw_quadratic(
-    ax: "Axes", table: "DataFrame", term: str, level: float, pair: tuple[str, str], ends: "tuple[ndarray, ndarray]"
-) -> None:
-    """Where centre + slope + curvature / 2 of the plane reaches the level."""
-    import numpy as np
-
-    facts = table[(table["term"] == term) & table["quantity"].isin(("slope", "curvature", "mixed_curvature"))]
-    keys = zip(facts["quantity"], facts["direction"], strict=True)
-    values: dict[tuple[str, str], float] = dict(zip(keys, facts["value"].astype(float), strict=True))
-    first, second = pair
-    mixed = values.get(("mixed_curvature", " ".join(pair)))
-    if mixed is None:
-        return
-    fine = [np.linspace(end[0], end[-1], 201) for end in ends]
-    a, b = np.meshgrid(*fine)
-    model = values["slope", first] * a + values["slope", second] * b
-    model += float(_points(table, "centre", term)["value"].iloc[0])
-    model += values["curvature", first] * a**2 / 2 + values["curvature", second] * b**2 / 2 + mixed * a * b
-    if model.min() < level < model.max():
-        ax.contour(*fine, model, [level], colors="#ffb000", linestyles="dashed", linewidths=0.9)

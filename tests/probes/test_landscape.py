@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from ssat_probe import probe
-from ssat_probe.probes.landscape import Probe, _quadratic_level, _shared_levels
+from ssat_probe.probes.landscape import Probe
 from ssat_probe.sample import Sample
 
 Paths = dict[str, Path]
@@ -39,37 +38,6 @@ def table(checkpoints: Paths) -> pd.DataFrame:
     sample = Sample(num_images=13, batch_size=13, device="cpu")
     chosen = Probe(points=5, num_random=2, steps=6, plane=("top", "bottom"))
     return probe.measure_all(chosen, list(checkpoints.values()), sample)[0]
-
-
-def test_the_figure_shows_lines_terms_apart_and_a_surface_per_method(table: pd.DataFrame) -> None:
-    titles = [ax.get_title(loc="left") for ax in Probe().draw(table).axes]
-    assert titles[:3] == ["random directions"] * 3
-    assert titles[3:6] == ["eigenvector of λmax", "eigenvector of λmin", "gradient"]
-    methods = ("scratch", "SSL+FT", "SSAT")
-    assert titles[6:9] == [f"{method}: cross-entropy [nat]" for method in methods]
-    assert titles[9:] == [f"{method}: reconstruction [pixel²]" for method in methods[1:]]
-
-
-def test_surfaces_of_a_term_share_their_levels(table: pd.DataFrame) -> None:
-    levels = _shared_levels(table, "cross_entropy")
-    values = table[(table["quantity"] == "surface") & (table["term"] == "cross_entropy")]["value"]
-    assert levels[0] <= values.min()
-    assert levels[-1] >= values.max()
-    assert levels == sorted(levels)
-    level = _quadratic_level(table, "cross_entropy")
-    assert level is not None
-    assert level > table.loc[table["quantity"] == "centre", "value"].min()
-
-
-def test_holes_are_drawn_as_holes(table: pd.DataFrame) -> None:
-    holes = table.copy()
-    holes.loc[holes["x"] > 0, "value"] = np.nan
-    Probe().draw(holes).canvas.draw()
-
-
-def test_without_a_surface_there_are_lines_alone(table: pd.DataFrame) -> None:
-    figure = Probe().draw(table[table["quantity"] != "surface"])
-    assert len(figure.axes) == 6
 
 
 def test_the_summary_names_the_loss_and_the_worst_check(table: pd.DataFrame) -> None:

@@ -1,0 +1,209 @@
+"""Figures of the landscape probe: lines with bands, contours and surfaces in three dimensions, on shared scales."""
+
+import itertools
+import math
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from numpy import ndarray
+from pandas import DataFrame
+
+from ssat_probe import drawing
+
+LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
+MOST_RECONSTRUCTIONS = 4  # more panels of a second term would hide the first
+DECADES = 30.0  # values that span more than this factor are drawn on a logarithmic axis
+
+_LINES = (
+    ("random", "cross_entropy"),
+    ("random", "reconstruction"),
+    ("random", "l2"),
+    ("top", "cross_entropy"),
+    ("top2", "cross_entropy"),
+    ("bottom", "cross_entropy"),
+    ("bottom2", "cross_entropy"),
+    ("gradient", "cross_entropy"),
+)
+_SURFACES = ("cross_entropy", "reconstruction")
+_TITLES = {
+    "random": "random directions",
+    "gradient": "gradient",
+    "top": "eigenvector of λmax",
+    "top2": "eigenvector of second largest λ",
+    "bottom": "eigenvector of λmin",
+    "bottom2": "eigenvector of second smallest λ",
+}
+_LABELS = {
+    "cross_entropy": "cross-entropy [nat]",
+    "reconstruction": "reconstruction [pixel²]",
+    "l2": "L2 term [loss]",
+}
+
+
+def draw(table: DataFrame) -> Figure:
+    """Lines of the terms apart, then a surface per checkpoint (or first seed of a method) on one shared scale.
+
+    Args:
+        table: Of the landscape probe, for one or more checkpoints, with the identity columns.
+
+    Returns:
+        Each surface as labelled contours, those of the first term in three dimensions as well; dashed is where the
+        quadratic of the Hessian reaches the level in the legend.
+    """
+    lines = [key for key in _LINES if not _line(table, *key).empty]
+    drawn = drawing.series(table)
+    terms = [term for term in _SURFACES if not _points(table, "surface", term).empty]
+    terms = terms[:1] if len(drawn) > MOST_RECONSTRUCTIONS else terms
+    shown = [(term, one) for term in terms for one in drawn if not _points(one.table, "surface", term).empty]
+    solid = [(term, one) for term, one in shown if term == terms[0]]
+    blocks = [lines, solid, solid, shown[len(solid) :]]  # each begins a row, so that surfaces stand side by side
+    starts = [0, *itertools.accumulate(-(-len(block) // 3) * 3 for block in blocks)]
+    with drawing.style():
+        figure, axes = drawing.panels(starts[-1] // 3, 3, height=2.15 * (starts[-1] // 3))
+        for ax, key in zip(axes, lines, strict=False):
+            _draw_lines(ax, _line(table, *key), *key)
+        for start, block in ((starts[1], blocks[1]), (starts[3], blocks[3])):
+            for ax, (term, one) in zip(axes[start:], block, strict=False):
+                _draw_contours(ax, one, term, _shared_levels(table, term), _quadratic_level(table, term))
+        for ax, (term, one) in zip(axes[starts[2] :], solid, strict=False):
+            _draw_solid(figure, ax, one, term, _shared_levels(table, term))
+        for start, block, end in zip(starts, blocks, starts[1:], strict=False):
+            for ax in axes[start + len(block) : end]:
+                ax.remove()
+        drawing.legend_below(figure, _note(table))
+    return figure
+
+
+def _points(table: DataFrame, quantity: str, term: str) -> DataFrame:
+    return table[(table["quantity"] == quantity) & (table["term"] == term)]
+
+
+def _line(table: DataFrame, kind: str, term: str) -> DataFrame:
+    rows = _points(table, "line", term)
+    directions = rows["direction"].astype(str)
+    return rows[directions.str.startswith(kind) if kind == "random" else directions == kind]
+
+
+def _note(table: DataFrame) -> str:
+    """What bands and dashed curves are."""
+    note = "inner bands: directions and seeds, outer: parts of the images too; 1 = as long as the weights"
+    loss = table.loc[table["quantity"] == "curvature", "term"].iloc[0]
+    level = _quadratic_level(table, loss)
+    return note if level is None else f"{note}; dashed: quadratic of the Hessian at {level:g}"
+
+
+def _quadratic_level(table: DataFrame, term: str) -> float | None:
+    """The contour at which quadratic and surface are compared: the first well above all centres."""
+    highest = _points(table, "centre", term)["value"].max()
+    return next((level for level in LEVELS if level > 1.5 * highest), None)
+
+
+def _draw_lines(ax: Axes, rows: DataFrame, kind: str, term: str) -> None:
+    """Mean over directions and seeds, their range, and around it that of the means over parts of the images."""
+    for one in drawing.series(rows):
+        points = one.table.groupby("x")
+        values = points["value"].agg(["mean", "min", "max"])
+        look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
+        low, high = points["low"].min(), points["high"].max()  # empty for the L2 term, which no image enters
+        ax.fill_between(values.index, low, high, color=one.look.colour, alpha=0.1, linewidth=0)
+        ax.fill_between(values.index, values["min"], values["max"], color=one.look.colour, alpha=0.2, linewidth=0)
+        ax.plot(values.index, values["mean"], label=one.label, **look)
+    finite = rows["value"].dropna()
+    if len(finite) and finite.min() > 0 and finite.max() > DECADES * finite.min():
+        ax.set_yscale("log")
+    drawing.label_axes(ax, "relative distance" if kind == "random" else "distance", _LABELS[term], _TITLES[kind])
+
+
+def _shared_levels(table: DataFrame, term: str) -> list[float]:
+    """Contour levels 1, 2, 5, ... that span all surfaces of a term."""
+    values = _points(table, "surface", term)["value"].dropna()
+    low, high = max(values.min(), 1e-5), min(values.max(), 1e6)
+    inside = [level for level in LEVELS if low <= level <= high]
+    below = [level for level in LEVELS if level < low][-1:]
+    above = [level for level in LEVELS if level > high][:1]
+    levels = below + inside + above
+    if len(inside) < 3 and high > low:  # a narrow range needs its own levels
+        levels = [float(level) for level in np.linspace(low, high, 8)]
+    return levels if len(levels) > 1 else [low, low + 1e-5]
+
+
+def _grid(points: DataFrame) -> tuple[ndarray, ndarray, ndarray]:
+    """Coordinates of the columns, of the rows, and the values; not-finite ones stay holes."""
+    grid = points.pivot_table(index="y", columns="x", values="value", dropna=False)
+    x, y, z = (np.asarray(part, dtype=float) for part in (grid.columns, grid.index, grid))
+    return x, y, np.where(np.isfinite(z), z, np.nan)
+
+
+def _first(one: drawing.Series) -> tuple[DataFrame, str]:
+    """Rows of a method's first checkpoint, and its title."""
+    table = one.table[one.table["checkpoint"] == one.table["checkpoint"].iloc[0]]
+    return table, one.label + (f", seed {table['seed'].iloc[0]}" if one.num_seeds > 1 else "")
+
+
+def _draw_contours(ax: Axes, one: drawing.Series, term: str, levels: list[float], level: float | None) -> None:
+    """Labelled contours, the checkpoint at the centre, and the Hessian's quadratic where it is of this term."""
+    table, title = _first(one)
+    points = _points(table, "surface", term)
+    x, y, z = _grid(points)
+    shown = np.ma.masked_invalid(z)
+    ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
+    lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
+    ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
+    first, _, second = str(points["direction"].iloc[0]).partition(" ")
+    if level is not None:
+        _draw_quadratic(ax, table, term, level, (first, second), (x, y))
+    ax.plot(0, 0, marker="+", color="white", markersize=6)
+    ax.grid(visible=False)
+    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
+
+
+def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, levels: list[float]) -> None:
+    """The surface in three dimensions, heights and colours shared by all; logarithmic where they span decades."""
+    table, title = _first(one)
+    points = _points(table, "surface", term)
+    x, y, z = _grid(points)
+    is_log = levels[-1] > DECADES * levels[0]
+    height = np.log10 if is_log else np.asarray
+    norm = LogNorm(levels[0], levels[-1])
+    subplot = place.get_subplotspec()
+    place.remove()
+    ax: Any = figure.add_subplot(subplot, projection="3d", computed_zorder=False)
+    shown = np.clip(z, levels[0], levels[-1])
+    colours = matplotlib.colormaps["viridis"](norm(np.nan_to_num(shown, nan=levels[-1])))
+    ax.plot_surface(*np.meshgrid(x, y), height(shown), facecolors=colours, rstride=1, cstride=1, shade=False)
+    centre = float(_points(table, "centre", term)["value"].iloc[0])
+    ax.plot(
+        [0], [0], height([max(centre, levels[0])]), marker="o", color="white", markeredgecolor="black", markersize=3
+    )
+    ax.set_zlim(height(levels[0]), height(levels[-1]))
+    if is_log:
+        powers = range(math.ceil(np.log10(levels[0])), math.floor(np.log10(levels[-1])) + 1)
+        ax.set_zticks(list(powers), [f"{10.0**power:g}" for power in powers])
+    ax.tick_params(labelsize=5, pad=-3)
+    first, _, second = str(points["direction"].iloc[0]).partition(" ")
+    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
+    ax.xaxis.labelpad = ax.yaxis.labelpad = -8
+
+
+def _draw_quadratic(
+    ax: Axes, table: DataFrame, term: str, level: float, pair: tuple[str, str], ends: tuple[ndarray, ndarray]
+) -> None:
+    """Where centre + slope + curvature / 2 of the plane reaches the level."""
+    facts = table[(table["term"] == term) & table["quantity"].isin(("slope", "curvature", "mixed_curvature"))]
+    keys = zip(facts["quantity"], facts["direction"], strict=True)
+    values: dict[tuple[str, str], float] = dict(zip(keys, facts["value"].astype(float), strict=True))
+    first, second = pair
+    mixed = values.get(("mixed_curvature", " ".join(pair)))
+    if mixed is None:
+        return
+    fine = [np.linspace(end[0], end[-1], 201) for end in ends]
+    a, b = np.meshgrid(*fine)
+    model = values["slope", first] * a + values["slope", second] * b
+    model += float(_points(table, "centre", term)["value"].iloc[0])
+    model += values["curvature", first] * a**2 / 2 + values["curvature", second] * b**2 / 2 + mixed * a * b
+    if model.min() < level < model.max():
+        ax.contour(*fine, model, [level], colors="#ffb000", linestyles="dashed", linewidths=0.9)

@@ -1,0 +1,83 @@
+"""Figures of landscapes: what is drawn, from the table alone, and that all panels of a term share one scale."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssat_probe import landscape_drawing, probe
+from ssat_probe.probes.landscape import Probe
+from ssat_probe.sample import Sample
+
+METHODS = ("scratch", "SSL+FT", "SSAT")
+
+
+@pytest.fixture(scope="module")
+def table(checkpoints: dict[str, Path]) -> pd.DataFrame:
+    sample = Sample(num_images=13, batch_size=13, device="cpu")
+    chosen = Probe(points=5, num_random=2, steps=6, plane=("top", "bottom"))
+    return probe.measure_all(chosen, list(checkpoints.values()), sample)[0]
+
+
+def solids(table: pd.DataFrame) -> list[Any]:
+    return [ax for ax in landscape_drawing.draw(table).axes if ax.name == "3d"]
+
+
+def test_the_figure_shows_lines_terms_apart_and_surfaces_per_method(table: pd.DataFrame) -> None:
+    axes = landscape_drawing.draw(table).axes
+    flat = [ax.get_title(loc="left") for ax in axes if ax.name != "3d"]
+    assert flat[:3] == ["random directions"] * 3
+    assert flat[3:6] == ["eigenvector of λmax", "eigenvector of λmin", "gradient"]
+    assert flat[6:9] == [f"{method}: cross-entropy [nat]" for method in METHODS]
+    assert flat[9:] == [f"{method}: reconstruction [pixel²]" for method in METHODS[1:]]
+    assert [ax.get_title(loc="left") for ax in solids(table)] == flat[6:9]
+
+
+def test_surfaces_of_a_term_share_their_levels(table: pd.DataFrame) -> None:
+    levels = landscape_drawing._shared_levels(table, "cross_entropy")
+    values = table[(table["quantity"] == "surface") & (table["term"] == "cross_entropy")]["value"]
+    assert levels[0] <= values.min()
+    assert levels[-1] >= values.max()
+    assert levels == sorted(levels)
+    level = landscape_drawing._quadratic_level(table, "cross_entropy")
+    assert level is not None
+    assert level > table.loc[table["quantity"] == "centre", "value"].min()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_solid_surfaces_share_their_heights_and_mark_the_centre(table: pd.DataFrame, factor: float) -> None:
+    steep = table.copy()
+    is_far = (steep["quantity"] == "surface") & (steep["x"] > 0)
+    steep.loc[is_far, "value"] *= factor
+    shown = solids(steep)
+    levels = landscape_drawing._shared_levels(steep, "cross_entropy")
+    is_log = levels[-1] > landscape_drawing.DECADES * levels[0]
+    assert is_log or factor == 1
+    ends = np.log10([levels[0], levels[-1]]) if is_log else np.array([levels[0], levels[-1]])
+    centres = steep[(steep["quantity"] == "centre") & (steep["term"] == "cross_entropy")].set_index("method")["value"]
+    for ax, method in zip(shown, ("scratch", "ssl_ft", "ssat"), strict=True):
+        assert ax.get_zlim() == pytest.approx(ends)
+        height = 10 ** ax.lines[0].get_data_3d()[2][0] if is_log else ax.lines[0].get_data_3d()[2][0]
+        assert height == pytest.approx(centres[method])
+
+
+def test_the_outer_band_spans_the_means_over_parts_of_the_images(table: pd.DataFrame) -> None:
+    alone = table[table["method"] == "ssat"]
+    ax = next(ax for ax in landscape_drawing.draw(alone).axes if ax.get_title(loc="left") == "eigenvector of λmax")
+    rows = alone[(alone["quantity"] == "line") & (alone["direction"] == "top") & (alone["term"] == "cross_entropy")]
+    heights = [band.get_paths()[0].vertices[:, 1] for band in ax.collections]
+    assert heights[0].min() == pytest.approx(rows["low"].min())
+    assert heights[0].max() == pytest.approx(rows["high"].max())
+    assert heights[1].max() == pytest.approx(rows["value"].max())
+
+
+def test_holes_are_drawn_as_holes(table: pd.DataFrame) -> None:
+    holes = table.copy()
+    holes.loc[holes["x"] > 0, "value"] = np.nan
+    landscape_drawing.draw(holes).canvas.draw()
+
+
+def test_without_a_surface_there_are_lines_alone(table: pd.DataFrame) -> None:
+    assert len(landscape_drawing.draw(table[table["quantity"] != "surface"]).axes) == 6
