@@ -60,7 +60,12 @@ def draw(table: DataFrame) -> Figure:
     terms = terms[:1] if len(drawn) > MOST_RECONSTRUCTIONS else terms
     shown = [(term, one) for term in terms for one in drawn if not _points(one.table, "surface", term).empty]
     solid = [(term, one) for term, one in shown if term == terms[0]]
-    blocks = [lines, solid, solid, shown[len(solid) :]]  # each begins a row, so that surfaces stand side by side
+    blocks: list[list[Any]] = [
+        lines,
+        solid,
+        solid,
+        shown[len(solid) :],
+    ]  # each begins a row, so that surfaces stand side by side
     starts = [0, *itertools.accumulate(-(-len(block) // 3) * 3 for block in blocks)]
     with drawing.style():
         figure, axes = drawing.panels(starts[-1] // 3, 3, height=2.15 * (starts[-1] // 3))
