@@ -73,6 +73,9 @@ def markdown(table: DataFrame, record: dict[str, Any]) -> str:
     for part in PARTS:
         rows = table[table["part"] == part]
         for _, what, model, values, target in module_of(part).ratios(rows) if len(rows) else ():
+            if not values:
+                lines.append(f"| {part} | {what} | {model} | not reached | | {target} |")
+                continue
             spread = f"{min(values):.3g} to {max(values):.3g} ({len(values)})" if len(values) > 1 else "one run"
             median = f"{pd.Series(values).median():.3g}"
             lines.append(f"| {part} | {what} | {model} | {median} | {spread} | {target} |")
@@ -88,6 +91,7 @@ def draw(table: DataFrame) -> None:
     figure, axes = plt.subplots(3, 2, figsize=(10, 10), layout="constrained")
     for ax, part in zip(axes.flat, PARTS, strict=False):
         rows = table[table["part"] == part]
+        ax.set_visible(len(rows) > 0)
         if len(rows):
             module_of(part).draw(ax, rows)
             handles, labels = ax.get_legend_handles_labels()

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 from curvature_models import Row, Task, nano, peer, random_vectors, tiny
 from matplotlib.axes import Axes
@@ -22,22 +23,29 @@ from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 
 ERROR, TOP = 1e-3, 5
 SIZES = {"vit_nano": (nano, 64, 3, 120), "ViT-T/4": (tiny, 4, 1, 70)}  # images, seeds, steps
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+TOLERANCES = {"vit_nano": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), "ViT-T/4": (1e-2, 1e-3, 1e-4)}
+REFERENCE = 1.5  # steps of the reference over those of the runs
 
 
 def measure() -> Iterator[Row]:
     """Products and seconds of each way that reaches the error, and the error reached."""
-    for name, (make, num_images, num_seeds, steps) in SIZES.items():
+    for kind, (make, num_images, num_seeds, steps) in SIZES.items():
         task = make(num_images)
+        name = f"{kind}, {num_images} images"
         operator = task.operator
         with operator:
-            run = lanczos(operator.product, operator.size, steps, seed=99, precision=operator.precision)
-            known = ritz(run).values
+            run = lanczos(
+                operator.product, operator.size, int(REFERENCE * steps), seed=99, precision=operator.precision
+            )
+            known = ritz(run, ERROR)
+            bounds = np.abs(known.residuals / known.values)[[*range(TOP), *range(-TOP, 0)]]
+            row = {"model": name, "way": "reference", "quantity": "residual", "repeat": 0}
+            yield row | {"value": float(bounds.max())}
             for seed in range(num_seeds):
-                for way, found in _ways(task, operator, known, steps, seed):
+                for way, found in _ways(task, operator, known.values, steps, seed):
                     for quantity, value in found.items():
                         yield {"model": name, "way": way, "quantity": quantity, "repeat": seed, "value": value}
-        yield from _through_norms(task)
+        yield from (row | {"model": name} for row in _through_norms(task))
 
 
 def _ways(
@@ -46,9 +54,9 @@ def _ways(
     top, ends = known[::-1][:TOP], np.concatenate([known[:TOP], known[-TOP:]])
     yield from _lanczos(operator, top, ends, steps, seed)
     if abs(known[0]) < top[-1] and peer("pyhessian"):  # else its largest in absolute value are others
-        yield "PyHessian, 5 largest", _first_right(lambda tol: _pyhessian(task, top, tol, seed), TOLERANCES)
+        yield "PyHessian, 5 largest", _first_right(lambda tol: _pyhessian(task, top, tol, seed), TOLERANCES[task.name])
     counted = _Counted(operator)
-    yield "eigsh BE, 5 + 5", _first_right(lambda tol: _eigsh(counted, ends, tol, seed), TOLERANCES)
+    yield "eigsh BE, 5 + 5", _first_right(lambda tol: _eigsh(counted, ends, tol, seed), TOLERANCES[task.name])
 
 
 def _lanczos(
@@ -67,8 +75,11 @@ def _lanczos(
             errors[step] = float(np.max(np.abs(found.values[places] / true - 1)))
             flags[step] = bool(found.converged[places].all())
         for rule, is_done in (("", {k: e <= ERROR for k, e in errors.items()}), (", by its own flags", flags)):
-            step = next((step for step in errors if is_done[step]), steps)
-            found = {"products": step, "seconds": moments[step] - moments[0], "error": errors[step]}
+            step = next((step for step in errors if is_done[step]), None)
+            if step is None:
+                found = {"products": np.nan, "seconds": np.nan, "error": errors[steps]}  # not within these steps
+            else:
+                found = {"products": step, "seconds": moments[step] - moments[0], "error": errors[step]}
             yield f"Lanczos, {name}{rule}", found
 
 
@@ -153,22 +164,35 @@ def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]
     """Products of the peer over ours, seed by seed; error of curvlinops' product."""
     pairs = (("PyHessian, 5 largest", "Lanczos, 5 largest", "≥ 4"), ("eigsh BE, 5 + 5", "Lanczos, 5 + 5", "≥ 1"))
     for model, rows in table.groupby("model", sort=False):
+        bound = rows[rows["quantity"] == "residual"]["value"].tolist()
+        yield "eigenvalues", "largest relative residual of the reference's 5 + 5", str(model), bound, ""
         for quantity in ("products", "seconds"):
-            wide = rows[rows["quantity"] == quantity].pivot_table(index="repeat", columns="way", values="value")
+            wide = _reached(rows).query("quantity == @quantity").pivot(index="repeat", columns="way", values="value")
             for theirs, ours, target in pairs:
                 for rule in ("", ", by its own flags"):
-                    if theirs in wide and ours + rule in wide:
-                        values = (wide[theirs] / wide[ours + rule]).tolist()
-                        what = f"{quantity}: {theirs} / Lanczos{rule}"
-                        yield "eigenvalues", what, str(model), values, target if quantity == "products" else ""
+                    if not {theirs, ours + rule} <= set(rows["way"]):
+                        continue
+                    is_reached = theirs in wide and ours + rule in wide
+                    values = (wide[theirs] / wide[ours + rule]).dropna().tolist() if is_reached else []
+                    what = f"{quantity}: {theirs} / Lanczos{rule}"
+                    yield "eigenvalues", what, str(model), values, target if quantity == "products" else ""
         errors = rows[rows["quantity"] == "product_error"]
         for way, group in errors.groupby("way", sort=False):
             yield "eigenvalues", f"relative error of a product: {way}", str(model), group["value"].tolist(), ""
 
 
+def _reached(rows: DataFrame) -> DataFrame:
+    """Without runs whose error is larger than the one asked for: their products tell nothing."""
+    errors = rows[rows["quantity"] == "error"]
+    failed = errors[errors["value"] > ERROR][["way", "repeat"]].drop_duplicates()
+    keys = rows.set_index(["way", "repeat"]).index
+    return rows[~keys.isin(failed.set_index(["way", "repeat"]).index)]
+
+
 def draw(ax: Axes, table: DataFrame) -> None:
     """Products of each way, a dot per seed."""
-    rows = table[table["quantity"] == "products"]
+    parts = [_reached(group) for _, group in table.groupby("model", sort=False)]
+    rows = pd.concat(parts).query("quantity == 'products'")
     ways = sorted(rows["way"].unique(), key=lambda way: ("+" in way, way))
     for place, (model, group) in enumerate(rows.groupby("model", sort=False)):
         ys = [ways.index(way) + 0.25 * (place - 0.5) for way in group["way"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from curvature_models import Row, Task, small
+from curvature_models import Row, Task, memory, small
 from matplotlib.axes import Axes
 from pandas import DataFrame
 from torch.func import functional_call
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WAYS = ("exact", "functional.hessian", "functional.hessian, vectorised")
 MEMORY = 12 * 2**30  # address space that a way may take; the vectorised one asks for more
-SECONDS = 240  # that a way may take
+SECONDS = 150  # that a way may take
 REPEATS = 1
 
 
@@ -53,11 +53,11 @@ def _in_process(way: str) -> dict[str, object]:
 
 
 def _run(way: str) -> dict[str, object]:
-    """In a process of its own: the spectrum, seconds and peak memory above what the model and imports take."""
+    """In a process of its own: the spectrum, seconds and peak memory above what was held before."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     task = small()
     task.gradient()
-    before, started = _peak(), time.perf_counter()
+    before, started = memory(), time.perf_counter()
     if way == "exact":
         from ssat_probe.measures.exact import exact_spectrum
 
@@ -66,7 +66,7 @@ def _run(way: str) -> dict[str, object]:
         matrix = _functional(task, is_vectorised=way.endswith("vectorised"))
         values = torch.linalg.eigvalsh(matrix).numpy()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_memory": (_peak() - before) / 2**30, "spectrum": values.tolist()}
+    return {"seconds": seconds, "peak_memory": (memory(is_peak=True) - before) / 2**30, "spectrum": values.tolist()}
 
 
 def _functional(task: Task, is_vectorised: bool) -> torch.Tensor:
@@ -81,11 +81,6 @@ def _functional(task: Task, is_vectorised: bool) -> torch.Tensor:
 
     start = torch.cat([value.detach().reshape(-1) for value in values])
     return torch.autograd.functional.hessian(loss, start, vectorize=is_vectorised)
-
-
-def _peak() -> int:
-    """Bytes; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]:

@@ -107,8 +107,15 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def tiny(num_images: int = 64) -> Task:
-    """ViT-T/4 at 32 pixels."""
-    return task_of("ViT-T/4", _tiny_path(), num_images)
+    """ViT-T/4 at 32 pixels.
+
+    Raises:
+        ValueError: If the images are others.
+    """
+    task = task_of("ViT-T/4", _tiny_path(), num_images)
+    if task.images.shape[0] != num_images or task.images.shape[-2:] != (32, 32):
+        raise ValueError(f"ViT-T/4 needs {num_images} images of 32 pixels, got {tuple(task.images.shape)}.")
+    return task
 
 
 def small(num_images: int = 256, steps: int = 200) -> Task:
@@ -137,6 +144,16 @@ def peer(name: str) -> ModuleType | None:
     except ImportError:
         print(f"{name} is not installed and is left out: pip install '.[benchmark]'")
         return None
+
+
+def memory(is_peak: bool = False) -> int:
+    """Bytes that this process holds now or held at most, of Linux.
+
+    Not ``ru_maxrss``, which a child takes over from the process that started it.
+    """
+    key = "VmHWM:" if is_peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def seconds_of(way: Callable[[], Any]) -> float:

@@ -1,7 +1,6 @@
 """Part 5: cost of a product against images and parameters; peak memory against Lanczos steps."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from curvature_models import Row, Task, alternating, nano, random_vectors
+from curvature_models import Row, Task, alternating, memory, nano, random_vectors
 from matplotlib.axes import Axes
 from pandas import DataFrame
 
-from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import lanczos
 from ssat_probe.models import vit
 
-IMAGES, WIDTHS, STEPS, REPEATS = (64, 128, 256), (16, 32, 64, 128), (10, 40, 120), 3
+IMAGES, WIDTHS, STEPS, REPEATS = (64, 128, 256), (16, 32, 64, 128), (1, 40, 80, 120), 3
 MEMORY_WIDTH = 128  # of the model whose memory is measured: 0.8 million parameters
 
 
@@ -58,14 +56,11 @@ def _of_width(dim: int, num_images: int = 64) -> Task:
 
 
 def _run(steps: int) -> dict[str, float]:
-    """In a process of its own: peak memory of a run above that of one product, and what the basis alone takes."""
+    """In a process of its own: peak memory of a run above what was held before, and what the basis alone takes."""
     task = _of_width(MEMORY_WIDTH, 8)
-    operator: HessianOperator = task.operator
-    operator.product(random_vectors(operator.size)[0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    operator, before = task.operator, memory()
     lanczos(operator.product, operator.size, steps, precision=operator.precision)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"measured": (after - before) / 2**20, "basis": 8 * steps * operator.size / 2**30}
+    return {"measured": (memory(is_peak=True) - before) / 2**30, "basis": 8 * steps * operator.size / 2**30}
 
 
 def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]:
@@ -77,22 +72,25 @@ def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]
             for _, group in rows.groupby("repeat")
         ]
         yield "scaling", f"exponent of the cost in {against}", "vit", slopes, "1" if against == "images" else ""
-    last = table[(table["against"] == "steps") & (table["size"] == max(STEPS))].set_index("way")["value"]
-    yield "scaling", f"memory of {max(STEPS)} steps / basis", "vit", [float(last["measured"] / last["basis"])], ""
+    wide = table[table["against"] == "steps"].pivot_table(index="size", columns="way", values="value")
+    growth = wide.loc[max(STEPS)] - wide.loc[min(STEPS)]
+    what = f"memory from {min(STEPS)} to {max(STEPS)} steps / growth of the basis"
+    yield "scaling", what, "vit", [float(growth["measured"] / growth["basis"])], ""
 
 
 def draw(ax: Axes, table: DataFrame) -> None:
-    """Each relative to its smallest size."""
-    for place, (against, rows) in enumerate(table.groupby("against", sort=False)):
-        if against == "steps":
-            rows = rows[rows["way"] == "measured"]
-        means = rows.groupby("size")["value"].median()
+    """Each relative to its largest size."""
+    for against, rows in table.groupby("against", sort=False):
         quantity = "memory" if against == "steps" else "seconds"
-        label = f"{quantity} against {against}"
-        ax.plot(means.index / means.index[0], means / means.iloc[0], "o-", color=f"C{place}", label=label)
-    sizes = np.array([1, 16])
+        for way, group in rows.groupby("way"):
+            means = group.groupby("size")["value"].median()
+            label = "its basis alone" if way == "basis" else f"{quantity} against {against}"
+            style = "x:" if way == "basis" else "o-"
+            largest = means.iloc[-1] if against != "steps" else rows[rows["way"] == "measured"]["value"].max()
+            ax.plot(means.index / means.index[-1], means / largest, style, label=label)
+    sizes = np.array([1 / 120, 1])
     ax.plot(sizes, sizes, color="black", linewidth=0.8, label="linear")
-    ax.set(xscale="log", yscale="log", xlabel="size / smallest", ylabel="cost / smallest", title="Growth")
+    ax.set(xscale="log", yscale="log", xlabel="size / largest", ylabel="cost / largest", title="Growth")
 
 
 if __name__ == "__main__":
