@@ -8,6 +8,7 @@ from ssat_probe.registry import known
 from ssat_probe.table import Column
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -116,7 +117,7 @@ class Probe:
                 ax.set_xticks(names["place"].tolist(), labels, rotation=90)
                 drawing.label_axes(ax, "part of the model", label)
             axes[0].set_yscale("log")
-            axes[1].set_yscale("symlog", linthresh=max(1e-3 * float(_largest(table)), 1e-12))
+            _scale_smallest(axes[1], table)
             drawing.legend_below(figure, drawing.band_note(drawn))
         return figure
 
@@ -139,6 +140,18 @@ class Probe:
                 row[quantity] = f"{entry['value']:.4g}" + ("*" if entry["converged"] == 0 else "")
             rows.append(row)
         return DataFrame(rows)
+
+
+def _scale_smallest(ax: "Axes", table: "DataFrame") -> None:
+    """Logarithmic below zero, linear within a thousandth of the lowest one, with room below it."""
+    import numpy as np
+
+    bulk = 10.0 ** np.ceil(np.log10(max(1e-3 * _largest(table), 1e-12)))
+    smallest = table.loc[table["quantity"] == "lambda_min", "value"]
+    low, high = min(smallest.min(), -bulk), max(smallest.max(), 0.0)
+    ax.set_yscale("symlog", linthresh=bulk)
+    ax.set_yticks([0.0, *(-bulk * 10.0 ** np.arange(np.ceil(np.log10(-low / bulk)) + 1))])
+    ax.set_ylim(2 * low, high + bulk / 2)
 
 
 def _largest(table: "DataFrame") -> float:
