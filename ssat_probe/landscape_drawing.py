@@ -163,7 +163,7 @@ def _draw_contours(ax: Axes, one: drawing.Series, term: str, levels: list[float]
         _draw_quadratic(ax, table, term, level, (first, second), (x, y))
     ax.plot(0, 0, marker="+", color="white", markersize=6)
     ax.grid(visible=False)
-    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
+    drawing.label_axes(ax, first, second, f"{title}\n{_LABELS[term]}")
 
 
 def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, levels: list[float]) -> None:
@@ -190,7 +190,7 @@ def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, lev
         ax.set_zticks(list(powers), [f"{10.0**power:g}" for power in powers])
     ax.tick_params(labelsize=5, pad=-3)
     first, _, second = str(points["direction"].iloc[0]).partition(" ")
-    drawing.label_axes(ax, first, second, f"{title}: {_LABELS[term]}")
+    drawing.label_axes(ax, first, second, f"{title}\n{_LABELS[term]}")
     ax.xaxis.labelpad = ax.yaxis.labelpad = -8
 
 

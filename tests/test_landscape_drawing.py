@@ -30,8 +30,8 @@ def test_the_figure_shows_lines_terms_apart_and_surfaces_per_method(table: pd.Da
     flat = [ax.get_title(loc="left") for ax in axes if ax.name != "3d"]
     assert flat[:3] == ["random directions"] * 3
     assert flat[3:6] == ["eigenvector of λmax", "eigenvector of λmin", "gradient"]
-    assert flat[6:9] == [f"{method}: cross-entropy [nat]" for method in METHODS]
-    assert flat[9:] == [f"{method}: reconstruction [pixel²]" for method in METHODS[1:]]
+    assert flat[6:9] == [f"{method}\ncross-entropy [nat]" for method in METHODS]
+    assert flat[9:] == [f"{method}\nreconstruction [pixel²]" for method in METHODS[1:]]
     assert [ax.get_title(loc="left") for ax in solids(table)] == flat[6:9]
 
 
