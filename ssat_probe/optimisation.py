@@ -10,7 +10,10 @@ from ssat_probe.recipe import Recipe
 
 
 def build_optimiser(objective: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over an objective's trainable parameters.
+    """The recipe's optimiser over an objective's trainable parameters.
+
+    ``adamw`` is torch's, with its decoupled weight decay. ``sgd`` is torch's too: g = gradient + weight decay · w,
+    v = momentum · v + g, w = w - rate · v; at a constant rate that is Polyak's heavy ball, without dampening.
 
     Args:
         objective: Holds the encoder and whatever else is trained.
@@ -20,6 +23,8 @@ def build_optimiser(objective: nn.Module, recipe: Recipe) -> torch.optim.Optimiz
         With a group per weight decay, and per layer where ``layer_decay`` is not 1; ``set_rate`` moves them together.
     """
     groups = parameter_groups(objective, recipe)
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 

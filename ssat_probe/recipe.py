@@ -19,6 +19,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Task = Literal["reconstruction", "simmim", "contrastive", "dino"]
 View = Literal["full", "masked"]
 Distance = Literal["mse", "l1"]
+Optimiser = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class Recipe:
     accumulate: int = 1
     "Split each step's batch into this many backward passes."
 
-    optimiser: Literal["adamw"] = "adamw"
-    "Optimiser."
+    optimiser: Optimiser = "adamw"
+    "adamw; or sgd, plain or with momentum."
 
     betas: tuple[float, float] = (0.9, 0.999)
-    "AdamW's averaging constants."
+    "AdamW's averaging constants; sgd has none."
 
     weight_decay: float = 0.05
-    "AdamW's weight decay; vectors and biases have none."
+    "Weight decay: AdamW's own, or of sgd an L2 term of the loss; vectors and biases have none."
 
     base_lr: float = 1e-3
     "Learning rate before the rule is applied."
@@ -147,6 +148,9 @@ class Recipe:
 
     cls_view: View = "full"
     "What ssat classifies: the full image, or its visible patches alone, which the reconstruction then shares."
+
+    momentum: float = 0.0
+    "Momentum of sgd: a step is base_lr times the sum of the gradients, each older one times this once more."
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
@@ -308,6 +312,12 @@ def _check_ranges(recipe: Recipe) -> None:
     pair = recipe.betas if isinstance(recipe.betas, tuple) else ()
     valid = [isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair]
     check("betas", valid == [True, True], "two numbers in [0, 1)")
+    is_sgd = recipe.optimiser == "sgd"
+    check(
+        "betas", not is_sgd or recipe.betas == Recipe.betas, "left out with optimiser sgd, which has momentum instead"
+    )
+    check("momentum", 0 <= recipe.momentum < 1, "at least 0 and below 1")
+    check("momentum", is_sgd or recipe.momentum == 0, "0 with optimiser adamw, whose averages are betas")
     for name in ("epochs", "batch_size", "accumulate", "eval_every"):
         check(name, getattr(recipe, name) >= 1, "at least 1")
     for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):

@@ -51,6 +51,31 @@ def test_the_rate_of_a_step_reaches_every_group(make_recipe: Callable[..., Any])
             torch.testing.assert_close(step, torch.full_like(step, 1e-3 * 0.5**below), rtol=2e-2, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_moves_by_the_heavy_ball_of_decayed_gradients(make_recipe: Callable[..., Any], momentum: float) -> None:
+    recipe, facts = make_recipe(
+        method="scratch", optimiser="sgd", momentum=momentum, weight_decay=0.07, layer_decay=0.5
+    )
+    module = nn.ModuleDict({"encoder": build_encoder(recipe, facts).double()})
+    optimiser = build_optimiser(module, recipe)
+    scale = {id(p): group.get("lr_scale", 1.0) for group in optimiser.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    weights = {name: p.detach().clone() for name, p in trainable.items()}
+    sums = {name: torch.zeros_like(p) for name, p in weights.items()}
+    generator = torch.Generator().manual_seed(0)
+    for rate in (0.3, 0.2, 0.1):
+        set_rate(optimiser, rate)
+        for name, parameter in trainable.items():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            decay = 0.07 if parameter.ndim > 1 else 0.0
+            sums[name] = momentum * sums[name] + parameter.grad + decay * weights[name]
+            weights[name] = weights[name] - rate * scale[id(parameter)] * sums[name]
+        optimiser.step()
+    assert {round(one, 9) for one in scale.values()} == {0.5**below for below in range(8)}
+    for name, parameter in trainable.items():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
 def test_an_encoder_of_unknown_layers_is_refused(make_recipe: Callable[..., Any]) -> None:
     recipe, _ = make_recipe(layer_decay=0.75)
     with pytest.raises(ValueError, match=r"layer_decay must be 1 for vit_nano, whose layers are not known, got 0\.75"):

@@ -115,6 +115,12 @@ def test_no_field_takes_a_value_of_no_type_it_could_have(field: dataclasses.Fiel
         ({"base_lr": float("inf")}, "base_lr must be a finite number, got inf."),
         ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0."),
         ({"norm_pix": 1}, "norm_pix must be bool, got 1."),
+        ({"optimiser": "sdg"}, "No 'sdg' in optimiser: adamw, sgd. Did you mean 'sgd'?"),
+        ({"optimiser": "sgd", "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0."),
+        ({"optimiser": "sgd", "momentum": -0.1}, "momentum must be at least 0 and below 1, got -0.1."),
+        ({"momentum": 0.9}, "momentum must be 0 with optimiser adamw, whose averages are betas, got 0.9."),
+        ({"optimiser": "sgd", "betas": (0.9, 0.95)},
+         "betas must be left out with optimiser sgd, which has momentum instead, got (0.9, 0.95)."),
         ({"img_size": (8, 0)}, "img_size must be one or two positive whole numbers (height width), got (8, 0)."),
         ({"patch_size": (2,) * 3}, "patch_size must be one or two positive whole numbers (height width), "
          "got (2, 2, 2)."),

@@ -98,6 +98,19 @@ def test_a_run_that_dies_in_every_step_ends_as_one_that_never_did(tmp_path: Path
     assert not (folder / recipe.name / "training_state.pt").exists()
 
 
+def test_momentum_survives_a_death_in_every_step(tmp_path: Path) -> None:
+    recipe = tiny("scratch", optimiser="sgd", momentum=0.9)
+    whole, deaths = train(recipe, tmp_path / "whole", device="cpu"), 0
+    while deaths < 6:
+        with suppress(Stop):
+            died = train(recipe, tmp_path / "dying", device="cpu", save_every_s=-1, progress=stop_after(1))
+            break
+        deaths += 1
+    assert deaths == 3 * 2 - 1
+    assert_same_run(died, whole)
+    assert train(tiny("scratch", optimiser="sgd"), tmp_path / "plain", device="cpu").hash != whole.hash
+
+
 @pytest.mark.parametrize("steps", [1, 3, 4, 8])
 def test_a_run_that_lost_steps_since_its_last_save_repeats_them(tmp_path: Path, steps: int) -> None:
     recipe = tiny("ssl_ft", accumulate=7)
