@@ -2,24 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ssat_probe.registry import known
-from ssat_probe.table import Column
+from ssat_probe.table import Column, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
     from pandas import DataFrame
-    from torch import Tensor, nn
 
-    from ssat_probe.capture import Site
     from ssat_probe.drawing import Series
+    from ssat_probe.grams import Grams
     from ssat_probe.subject import Subject
-
-# Positions of each image that mode "token" looks at; bounds the memory of the Grams. Tuned, no source.
-_MOST_POSITIONS = 8
 
 # Matrices are drawn for the pairs of so many lines; more would not be legible.
 _MOST_MATRICES = 3
@@ -33,20 +30,30 @@ class Probe:
     "Features of an image: mean of its patch tokens, class token, or all patch tokens; token: each patch for itself."
     group: int = 64
     "Images compared at a time, at least 4; what is left over is dropped. Few images make one group."
-    untrained_twin: bool = False
-    "Also measure the untrained network of the same architecture and seed, as a reference."
+    grams: Path | None = None
+    "Folder that keeps what was seen of each checkpoint: one that is there needs no new pass over the images."
+    untrained_twin: bool = True
+    "Also measure the untrained network of the same architecture and seed, as a reference; =false leaves it out."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("block", "", "transformer block whose output is compared, 0 next to the input; -1 before the first"),
         Column("other", "", "checkpoint compared with, also the same one"),
         Column("other_block", "", "its block"),
-        Column("cka", "", "centred kernel alignment, unbiased: 1 equal but for rotation; undefined if constant"),
+        *with_spread(
+            Column("cka", "", "centred kernel alignment, unbiased: 1 equal but for rotation; undefined if constant")
+        ),
         Column("cka_shuffled", "", "the same with unrelated images: around 0; undefined if constant"),
+        Column("other_setting", "", "size, grid and preparation of the images before the checkpoint compared with"),
         Column("mode", "", "features of an image: gap, cls, flatten or token"),
         Column("group", "", "images (tokens in mode token) compared at a time"),
         Column("num_images", "", "number of images used"),
     )
+
+    @property
+    def policy(self) -> str:
+        """Of what the measures are taken."""
+        return f"features {self.mode}, groups of {self.group}"
 
     def measure(self, subject: "Subject") -> "DataFrame":
         """One row per pair of blocks.
@@ -71,9 +78,12 @@ class Probe:
         Raises:
             ValueError: If the checkpoints see different images, or in mode ``token`` have different grids.
         """
-        seen: dict[str, _Seen] = {}
+        from ssat_probe import grams
+
+        seen: dict[str, Grams] = {}
+        known(self.mode, ("gap", "cls", "flatten", "token"), "modes")
         for label, subject in subjects:
-            seen[label] = _Seen(subject, known(self.mode, ("gap", "cls", "flatten", "token"), "modes"), self.group)
+            seen[label] = grams.of(subject, self.mode, self.group, self.grams)
             first = next(iter(seen))
             if seen[label].images != seen[first].images:
                 raise ValueError(
@@ -87,23 +97,25 @@ class Probe:
                 )
         return [self._table(one, seen) for one in seen.values()]
 
-    def _table(self, one: "_Seen", seen: "dict[str, _Seen]") -> "DataFrame":
+    def _table(self, one: "Grams", seen: "dict[str, Grams]") -> "DataFrame":
         from pandas import DataFrame
 
-        from ssat_probe.measures.similarity import cka, shuffled
+        from ssat_probe.measures.similarity import cka, cka_spread, shuffled
 
         rows = []
-        grams = one.grams()
         for label, other in seen.items():
-            theirs = other.grams()
-            found, reference = cka(grams, theirs), cka(grams, shuffled(theirs))
+            values = {"cka": cka(one.values, other.values)}
+            values |= {f"cka_{end}": value for end, value in cka_spread(one.values, other.values, one.ids).items()}
+            values["cka_undefined"] = values["cka"].isnan().double()
+            values["cka_shuffled"] = cka(one.values, shuffled(other.values))
             rows += [
-                (block, label, other_block, float(found[i, j]), float(reference[i, j]))
+                {"block": block, "other": label, "other_block": other_block, "other_setting": other.setting}
+                | {name: float(value[i, j]) for name, value in values.items()}
                 for i, block in enumerate(one.blocks)
                 for j, other_block in enumerate(other.blocks)
             ]
-        table = DataFrame(rows, columns=[column.name for column in self.columns[:5]])
-        return table.assign(mode=self.mode, group=one.group, num_images=one.num_used)
+        shared = {"mode": self.mode, "group": one.values.shape[-1], "num_images": one.num_images}
+        return DataFrame(rows).assign(**shared)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
         """Matrices of the blocks of every two lines; how each block differs from the first line and from its own end.
@@ -141,7 +153,9 @@ class Probe:
             bar = figure.colorbar(mesh, ax=matrices, shrink=0.6, location="left", aspect=30)
             bar.set_label("CKA")
             left_out = f"; matrices: the first {size} of {len(drawn)}" if size < len(drawn) else ""
-            note = (drawing.band_note(lines) + left_out).removeprefix("; ")
+            is_mixed = "other_setting" in table and (table["setting"] != table["other_setting"]).any()
+            mark = "; settings differ between checkpoints" if is_mixed else ""
+            note = (drawing.band_note(lines) + left_out + mark).removeprefix("; ")
             drawing.legend_below(figure, note)
         return figure
 
@@ -171,73 +185,6 @@ class Probe:
                 }
             )
         return DataFrame(rows)
-
-
-class _Seen:
-    """Grams of one checkpoint: by block and group of images."""
-
-    def __init__(self, subject: "Subject", mode: str, group: int) -> None:
-        import torch
-
-        from ssat_probe import capture
-
-        self.images, self.num_tokens = subject.fingerprint, 0
-        self.group = min(group, subject.num_images)
-        self.num_used = subject.num_images // self.group * self.group
-        sites = [site for site in capture.sites(subject.model) if site.name in ("embed", "mlp")]
-        self.blocks = [site.block for site in sites]
-        self._mode = mode
-        self._grams: dict[int, list[Tensor]] = {block: [] for block in self.blocks}
-        self._waiting: dict[int, list[Tensor]] = {block: [] for block in self.blocks}
-        self._prefix = _prefix(subject.model, mode)
-        with torch.no_grad():
-            for batch in subject.batches():
-                with capture.features(subject.model, self._take, with_prefix=True):
-                    subject.model(batch.images)
-
-    def grams(self) -> "Tensor":
-        """(layer, group, image, image)."""
-        import torch
-
-        return torch.stack([torch.stack(self._grams[block]) for block in self.blocks])
-
-    def _take(self, site: "Site", tokens: "Tensor") -> None:
-        """Keep features until a group is full, then its Gram alone."""
-        import torch
-
-        if site.name not in ("embed", "mlp"):
-            return
-        patches = tokens[:, self._prefix :]
-        self.num_tokens = patches.shape[1]
-        found = tokens[:, 0] if self._mode == "cls" else patches.mean(1) if self._mode == "gap" else patches.flatten(1)
-        self._waiting[site.block] += [*found.cpu().double()]
-        while len(self._waiting[site.block]) >= self.group:
-            features = torch.stack(self._waiting[site.block][: self.group])
-            del self._waiting[site.block][: self.group]
-            self._grams[site.block] += self._of_group(features)
-
-    def _of_group(self, features: "Tensor") -> "list[Tensor]":
-        """Grams of a full group: one, or in mode ``token`` one per shift, which pairs every image with a position."""
-        import torch
-
-        from ssat_probe.measures.similarity import centred_gram
-
-        if self._mode != "token":
-            return [centred_gram(features)]
-        images = torch.arange(len(features))
-        tokens = features.unflatten(1, (self.num_tokens, -1))
-        step = -(-self.num_tokens // _MOST_POSITIONS)
-        return [centred_gram(tokens[images, (images + i) % self.num_tokens]) for i in range(0, self.num_tokens, step)]
-
-
-def _prefix(model: "nn.Module", mode: str) -> int:
-    from ssat_probe import capture
-
-    if mode == "cls" and not (capture.has_class_token(model) and capture.num_prefix_tokens(model)):
-        raise ValueError(
-            f"Mode 'cls' needs a model with a class token, got a {type(model).__name__} without. Use 'gap'."
-        )
-    return capture.num_prefix_tokens(model)
 
 
 def _same_block(table: "DataFrame", first: "Series") -> "DataFrame":

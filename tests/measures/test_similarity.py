@@ -92,3 +92,90 @@ def test_a_centred_gram_has_rows_that_sum_to_0(generator):
 def test_three_images_are_too_few(generator):
     with pytest.raises(ValueError, match=r"groups of at least 4 images, got 3\."):
         measures.centred_gram(torch.ones(3, 2))
+
+
+def groups_of(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Grams of a layer whose images make several groups."""
+    return torch.stack([measures.centred_gram(part) for part in x.split(size)])[None]
+
+
+def test_contributions_are_those_of_leaving_out_one_image_after_another(generator):
+    x, y = random(generator, "x"), random(generator, "y", (IMAGES, 5)) + random(generator, "x")[:, :5]
+    x, y = x / x.norm(), y / y.norm()
+    whole = by_formula(x.numpy(), y.numpy())
+    kept = [[j for j in range(IMAGES) if j != i] for i in range(IMAGES)]
+    expected = [IMAGES * whole - (IMAGES - 1) * by_formula(x[one].numpy(), y[one].numpy()) for one in kept]
+    found = measures.contributions(grams(x), grams(y))[0, 0, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert found.mean().item() == pytest.approx(whole, rel=1e-12)
+
+
+def test_sd_of_the_contributions_is_the_jackknife_of_the_ratio(generator):
+    """To first order in 1/images, in which the linearised contributions and the jackknife of the ratio agree."""
+    x = random(generator, "x", (200, 3))
+    y = x @ random(generator, "mix", (3, 4)) + random(generator, "noise", (200, 4))
+    whole = measures.cka(grams(x), grams(y)).item()
+    kept = [[j for j in range(200) if j != i] for i in range(200)]
+    pseudo = [200 * whole - 199 * measures.cka(grams(x[one]), grams(y[one])).item() for one in kept]
+    found = measures.cka_spread(grams(x), grams(y), torch.arange(200)[None])
+    assert found["sd"].item() == pytest.approx(np.std(pseudo, ddof=1), rel=0.05)
+    # As the normal interval of the same standard error, for a bootstrap of many images.
+    half = 1.96 * found["sd"].item() / 200**0.5
+    assert found["low"].item() == pytest.approx(whole - half, abs=0.25 * half)
+    assert found["high"].item() == pytest.approx(whole + half, abs=0.25 * half)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_the_interval_holds_the_population_in_95_of_100_samples(generator, size):
+    """For normal features the population's CKA is ||Sxy||² / (||Sxx|| ||Syy||): no estimator enters."""
+    covariance = torch.cov(random(generator, "covariance", (7, 20)))
+    x_part, y_part = covariance[:4, :4], covariance[4:, 4:]
+    truth = (covariance[:4, 4:].norm() ** 2 / (x_part.norm() * y_part.norm())).item()
+    root = torch.linalg.cholesky(covariance)
+    hits = []
+    for i in range(200):
+        xy = random(generator, f"sample {i}", (96, 7)) @ root.T
+        first, second = groups_of(xy[:, :4], size), groups_of(xy[:, 4:], size)
+        found = measures.cka_spread(first, second, torch.arange(96).unflatten(0, (-1, size)) + 1000 * i)
+        hits.append(found["low"].item() <= truth <= found["high"].item())
+    assert 0.9 <= np.mean(hits) <= 1
+
+
+def test_independent_layers_have_0_in_expectation_and_intervals_that_hold_it(generator):
+    values, hits = [], []
+    for i in range(100):
+        first, second = (
+            groups_of(random(generator, f"x{i}", (64, 5)), 16),
+            groups_of(random(generator, f"y{i}", (64, 5)), 16),
+        )
+        values.append(measures.hsic(first, second).item() / measures.hsic(first, first).item())
+        found = measures.cka_spread(first, second, torch.arange(64).unflatten(0, (4, 16)) + 100 * i)
+        hits.append(found["low"].item() <= 0 <= found["high"].item())
+    assert abs(np.mean(values)) < 3 * np.std(values) / 10
+    assert np.mean(hits) >= 0.95
+
+
+def test_the_interval_of_a_layer_with_its_rotation_is_a_point(generator):
+    x = random(generator, "x")
+    rotation = torch.linalg.qr(random(generator, "rotation", (7, 7)))[0]
+    found = measures.cka_spread(grams(x), grams(3 * x @ rotation), torch.arange(IMAGES)[None])
+    for name, value in {"sd": 0, "low": 1, "high": 1}.items():
+        assert found[name].item() == pytest.approx(value, abs=1e-9), name
+
+
+def test_an_image_that_is_in_several_groups_counts_as_one(generator):
+    x, y = random(generator, "x"), random(generator, "y")
+    once = measures.cka_spread(grams(x), grams(y), torch.arange(IMAGES)[None])
+    ids = torch.arange(IMAGES).expand(3, -1)
+    thrice = measures.cka_spread(grams(x).expand(-1, 3, -1, -1), grams(y).expand(-1, 3, -1, -1), ids)
+    for name, value in once.items():
+        torch.testing.assert_close(thrice[name], value, msg=name)
+
+
+def test_constant_layers_and_groups_of_four_have_no_interval(generator):
+    x = grams(random(generator, "x"))
+    constant = grams(torch.full((IMAGES, 7), 0.3).double())
+    assert all(one.isnan().all() for one in measures.cka_spread(constant, x, torch.arange(IMAGES)[None]).values())
+    four = groups_of(random(generator, "x", (8, 7)), 4)
+    found = measures.cka_spread(four, four, torch.arange(8).unflatten(0, (2, 4)))
+    assert all(one.isnan().all() for one in found.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssat_probe import probe
-from ssat_probe.measures.similarity import centred_gram, cka
+from ssat_probe.measures.similarity import centred_gram, cka, cka_spread
 from ssat_probe.probes.similarity import Probe
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
@@ -37,7 +37,7 @@ FEATURES = {
 @pytest.mark.parametrize("mode", list(FEATURES))
 def test_every_entry_is_the_cka_of_two_blocks_over_full_groups(checkpoints: Paths, mode: str) -> None:
     paths = [checkpoints["ssat"], checkpoints["scratch"]]
-    table, _ = probe.measure_all(Probe(mode=mode, group=7), paths, SAMPLE)
+    table, _ = probe.measure_all(Probe(mode=mode, group=7, untrained_twin=False), paths, SAMPLE)
     grams = []
     for path in paths:
         layers = [FEATURES[mode](tokens) for tokens in outputs(Subject.of(path, SAMPLE))]
@@ -65,13 +65,49 @@ def test_each_checkpoint_passes_over_the_images_once(checkpoints: Paths, monkeyp
     passes: list[str] = []
     original = Subject.batches
     monkeypatch.setattr(Subject, "batches", lambda self: passes.append(self.checkpoint.label) or original(self))
-    probe.measure_all(Probe(), list(checkpoints.values()), SAMPLE)
+    probe.measure_all(Probe(untrained_twin=False), list(checkpoints.values()), SAMPLE)
     assert len(passes) == len(set(passes)) == 3
+
+
+def test_a_checkpoint_that_was_seen_before_needs_no_further_pass(
+    checkpoints: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    original = Subject.batches
+    monkeypatch.setattr(Subject, "batches", lambda self: passes.append(self.checkpoint.label) or original(self))
+    kept = Probe(grams=tmp_path, untrained_twin=False)
+    paths = list(checkpoints.values())
+    probe.measure_all(kept, paths[:2], SAMPLE)
+    table, _ = probe.measure_all(kept, paths, SAMPLE)
+    assert len(passes) == len(set(passes)) == 3
+    fresh, _ = probe.measure_all(Probe(untrained_twin=False), paths, SAMPLE)
+    pd.testing.assert_frame_equal(table, fresh, check_exact=True)
+
+
+def test_the_interval_is_that_of_the_grams(checkpoints: Paths) -> None:
+    subject = Subject.of(checkpoints["ssat"], SAMPLE)
+    table = Probe(group=7).measure(subject)
+    layers = [FEATURES["gap"](tokens) for tokens in outputs(subject)]
+    grams = torch.stack([torch.stack([centred_gram(x[i : i + 7]) for i in (0, 7, 14)]) for x in layers])
+    expected = cka_spread(grams, grams, torch.arange(21).reshape(3, 7))
+    for end, values in expected.items():
+        found = table.pivot_table(index="block", columns="other_block", values=f"cka_{end}", dropna=False)
+        np.testing.assert_allclose(found, values, rtol=1e-8, atol=1e-9)
+    inner = table[table["block"] != table["other_block"]]
+    assert ((inner["cka_low"] < inner["cka"]) & (inner["cka"] < inner["cka_high"])).all()
+
+
+def test_another_preparation_is_marked(checkpoints: Paths, fine_checkpoints: Paths) -> None:
+    table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["ssat"], fine_checkpoints["ssat"]], SAMPLE)
+    across = table["checkpoint"] != table["other"]
+    assert ((table["setting"] != table["other_setting"]) == across).all()
+    words = [text.get_text() for legend in Probe().draw(table).legends for text in [legend.get_title()]]
+    assert "settings differ" in " ".join(words)
 
 
 def test_a_pair_is_the_same_from_either_side(checkpoints: Paths) -> None:
     table, _ = probe.measure_all(Probe(), list(checkpoints.values()), SAMPLE)
-    assert len(table) == 9 * 49
+    assert len(table) == 16 * 49
     turned = table.rename(
         columns={"checkpoint": "other", "other": "checkpoint", "block": "other_block", "other_block": "block"}
     )
@@ -80,9 +116,10 @@ def test_a_pair_is_the_same_from_either_side(checkpoints: Paths) -> None:
     np.testing.assert_allclose(both["cka_x"], both["cka_y"], rtol=1e-12)
 
 
-def test_the_untrained_twin_stands_beside(checkpoints: Paths) -> None:
-    table, _ = probe.measure_all(Probe(untrained_twin=True), [checkpoints["ssat"]], SAMPLE)
+def test_the_untrained_twin_stands_beside_unless_it_is_left_out(checkpoints: Paths) -> None:
+    table, _ = probe.measure_all(Probe(), [checkpoints["ssat"]], SAMPLE)
     assert len(set(table["other"])) == 2
+    assert len(probe.measure_all(Probe(untrained_twin=False), [checkpoints["ssat"]], SAMPLE)[0]) == 49
     assert set(table["method"]) == {"ssat", "untrained"}
 
 
@@ -94,7 +131,7 @@ def test_other_images_are_refused(checkpoints: Paths) -> None:
 
 def test_a_grid_of_another_size_is_refused_for_tokens_alone(checkpoints: Paths, fine_checkpoints: Paths) -> None:
     paths = [checkpoints["ssat"], fine_checkpoints["ssat"]]
-    assert len(probe.measure_all(Probe(), paths, SAMPLE)[0]) == 4 * 49
+    assert len(probe.measure_all(Probe(untrained_twin=False), paths, SAMPLE)[0]) == 4 * 49
     with pytest.raises(ValueError, match=r"needs equal grids, got 64 tokens of .* and 16 of "):
         probe.measure_all(Probe(mode="token"), paths, SAMPLE)
 
@@ -113,4 +150,4 @@ def test_figure_has_a_matrix_for_every_pair(checkpoints: Paths) -> None:
     labels = {(ax.get_ylabel(), ax.get_xlabel()) for ax in Probe().draw(table).axes}
     names = ("scratch", "SSL+FT", "SSAT")
     assert {(f"block, {a}", f"block, {b}") for a in names for b in names} <= labels
-    assert len(Probe().summary(table)) == 9
+    assert len(Probe().summary(table)) == 16
