@@ -4,58 +4,28 @@ import dataclasses
 import datetime
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from pandas import DataFrame
 
 from ssat_probe import comparison, probe, training
 from ssat_probe.budget import Budget
-from ssat_probe.probe import Probe
+from ssat_probe.cell import Cell, Measurement
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
+from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
-from ssat_probe.table import read_table, write_atomically, write_table
+from ssat_probe.table import read_table, write_atomically
+from ssat_probe.workers import Progress, side_by_side
 
 KEYS = ("title", "recipe", "models", "methods", "seeds", "probes", "measures", "claims", "jobs", "threads")
-PROBE_STEPS = 100
-"A probe counts as this many training steps in the progress bar."
-
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A probe with its options and its images."""
-
-    name: str
-    "Of its table, its figure and the measures that read it."
-    probe: Probe
-    sample: Sample
-    models: tuple[str, ...] = ()
-    "Models of the cells that it looks at; empty means all."
-
-    def applies_to(self, recipe: Recipe) -> bool:
-        """Whether a cell is looked at.
-
-        Args:
-            recipe: Of the cell.
-
-        Returns:
-            True if all models are, or this one is named.
-        """
-        return not self.models or recipe.model in self.models
+OF_MEASUREMENT = ("probe", "models", "snapshots")
+"What a probe's entry may say beside the options of probe and sample."
 
 
 @dataclass(frozen=True)
@@ -118,20 +88,20 @@ def read(path: Path, is_smoke: bool = False) -> Analysis:
         shared |= {"epochs": 1, "subset": 20, "batch_size": 10}
         seeds = seeds[:2]
     models = list(content.get("models") or [shared.get("model", Recipe.model)])
+    recipes = [
+        Recipe.from_dict({**shared, "model": model, "method": method, "seed": seed}, str(path))
+        for model in models
+        for seed in seeds
+        for method in content["methods"]
+    ]
+    measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
     return Analysis(
         name=f"{path.stem}-smoke" if is_smoke else path.stem,
         title=str(content.get("title", path.stem)) + (" (smoke: the numbers mean nothing)" if is_smoke else ""),
         source=source,
-        recipes=tuple(
-            Recipe.from_dict({**shared, "model": model, "method": method, "seed": seed}, str(path))
-            for model in models
-            for seed in seeds
-            for method in content["methods"]
-        ),
-        measurements=tuple(
-            _measurement(name, values or {}, models, is_smoke) for name, values in content["probes"].items()
-        ),
+        recipes=tuple(recipes),
+        measurements=tuple(measurements),
         measures=measures,
         claims=tuple(comparison.claim_from(values, measures) for values in content.get("claims", [])),
         jobs=int(content.get("jobs", 0)),
@@ -183,15 +153,12 @@ def run(
     write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [
-        _Cell(recipe, checkpoints, [one for one in measurements if one.applies_to(recipe)], data_dir, device)
+        Cell(recipe, checkpoints, tuple(one for one in measurements if one.applies_to(recipe)), data_dir, device)
         for recipe in analysis.recipes
     ]
-    is_new = _run_cells(analysis, cells, jobs, progress)
+    is_new = side_by_side(cells, jobs or analysis.jobs, analysis.threads, progress)
     folders = {checkpoints / recipe.name: recipe for recipe in analysis.recipes}
-    tables = {
-        one.name: _gathered(one, [folder for folder in folders if one.applies_to(folders[folder])], out)
-        for one in measurements
-    }
+    tables = {one.name: _gathered(one, folders, out) for one in measurements}
     compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, _costs(folders))
     comparison.write(compared, verdicts, out)
     record = _record(analysis, time.monotonic() - started)
@@ -202,154 +169,24 @@ def run(
     return comparison.readable(compared), verdicts
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """One training and its probes."""
-
-    recipe: Recipe
-    checkpoints: Path
-    measurements: list[Measurement]
-    data_dir: Path | None
-    device: str | None
-
-    def __call__(self, told: Progress) -> bool:
-        """Train and probe, or find that it is done.
-
-        Args:
-            told: Steps done, steps in all, text.
-
-        Returns:
-            Whether anything was trained or measured.
-        """
-        path = self.checkpoints / self.recipe.name / f"{self.recipe.method}.pt"
-        steps, is_new = 0, not path.exists()
-
-        def training_told(done: int, total: int, text: str) -> None:
-            nonlocal steps
-            steps = total
-            told(done, total + PROBE_STEPS * len(self.measurements), f"{self.recipe.name}: {text}")
-
-        training.train(
-            self.recipe, self.checkpoints, data_dir=self.data_dir, device=self.device, progress=training_told
-        )
-        total = steps + PROBE_STEPS * len(self.measurements)
-        for done, one in enumerate(self.measurements):
-            told(steps + PROBE_STEPS * done, total, f"{self.recipe.name}: {one.name}")
-            if not probe.is_up_to_date(one.probe, [path], one.sample, path.parent, one.name):
-                is_new = True
-                table, record = probe.measure_all(one.probe, [path], one.sample)
-                write_table(table, path.parent / f"{one.name}.csv", record)
-        told(total, total, f"{self.recipe.name}: done")
-        return is_new
-
-
-def _run_cells(analysis: Analysis, cells: list[_Cell], jobs: int, progress: Progress) -> bool:
-    """Run the cells, in this process or side by side; whether any of them did anything."""
-    cores = os.cpu_count() or 1
-    threads = analysis.threads or max(1, cores // max(1, jobs or analysis.jobs or 1))
-    jobs = min(jobs or analysis.jobs or max(1, cores // threads), len(cells))
-    together = _Together(len(cells), progress)
-    if jobs == 1:
-        with _threads(threads):
-            return any([cell(together.teller(number)) for number, cell in enumerate(cells)])
-    context = get_context("spawn")  # a forked torch may hang
-    news = context.SimpleQueue()
-    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(news, threads, os.getpid())) as pool:
-        waiting = [pool.submit(_work, cell, number) for number, cell in enumerate(cells)]
-        try:
-            return _follow(waiting, news, together)
-        except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _follow(waiting: list[Future[bool]], news: "SimpleQueue[Any]", together: "_Together") -> bool:
-    """Pass on what the workers tell, until all are done or one fails."""
-    pending: set[Future[bool]] = set(waiting)
-    while pending:
-        done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        while not news.empty():
-            together.told(*news.get())
-    return any([future.result() for future in waiting])
-
-
-_news: "SimpleQueue[Any]"
-"Of a worker process: where it tells how far it is."
-
-
-def _begin(news: "SimpleQueue[Any]", threads: int, parent: int) -> None:
-    """Start a worker process, which ends when its parent does."""
-    global _news
-    _news = news
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _work(cell: _Cell, number: int) -> bool:
-    """A cell in a worker process."""
-    last = 0.0
-
-    def told(done: int, total: int, text: str) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 0.2:
-            last = time.monotonic()
-            _news.put((number, done, total, text))
-
-    return cell(told)
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent has gone, so that a killed analysis leaves nobody writing."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-class _Together:
-    """Progress of all cells as one."""
-
-    def __init__(self, num_cells: int, progress: Progress) -> None:
-        self.done, self.totals, self.progress = [0] * num_cells, [0] * num_cells, progress
-
-    def teller(self, number: int) -> Progress:
-        """What one cell tells its news to."""
-        return lambda done, total, text: self.told(number, done, total, text)
-
-    def told(self, number: int, done: int, total: int, text: str) -> None:
-        """One cell's news."""
-        self.done[number], self.totals[number] = done, total
-        known_totals = [value for value in self.totals if value]
-        expected = sum(known_totals) / len(known_totals) * len(self.totals)
-        self.progress(sum(self.done), round(expected), text)
-
-
-@contextmanager
-def _threads(num: int) -> Iterator[None]:
-    """Torch's number of threads, as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _measurement(name: str, values: dict[str, Any], models: list[str], is_smoke: bool) -> Measurement:
-    """A probe of the file: its options, those of its sample, and perhaps its probe and models stand side by side."""
+def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:
+    """A probe of the file: its options, those of its sample, and what cells it looks at stand side by side."""
     sample_fields = {field.name for field in dataclasses.fields(Sample)}
-    options = {key: value for key, value in values.items() if key not in (*sample_fields, "probe", "models")}
+    options = {key: value for key, value in values.items() if key not in (*sample_fields, *OF_MEASUREMENT)}
     sample = {key: value for key, value in values.items() if key in sample_fields}
     for model in values.get("models", []):
-        known(model, models, f"the models of this analysis, of which {name} takes some")
+        known(model, {one.model: 0 for one in recipes}, f"the models of this analysis, of which {name} takes some")
+    if not isinstance(snapshots := values.get("snapshots", []), list):
+        raise ValueError(f"The snapshots of {name} must be a list of epochs, got {snapshots!r}; write [0, 1, 2].")
     if is_smoke:
         sample["num_images"] = 10
         options |= {name: least for name, least in (("steps", 4), ("points", 3)) if name in options}
+        snapshots = snapshots and snapshot_epochs(1)
     chosen = probe.make(values.get("probe", name), **options)
-    return Measurement(name, chosen, Sample(**sample), tuple(values.get("models", ())))
+    measurement = Measurement(name, chosen, Sample(**sample), tuple(values.get("models", ())), tuple(snapshots))
+    for recipe in filter(measurement.applies_to, recipes):
+        measurement.check(recipe)
+    return measurement
 
 
 def _on_device(measurement: Measurement, data_dir: Path | None, device: str | None) -> Measurement:
@@ -361,9 +198,14 @@ def _on_device(measurement: Measurement, data_dir: Path | None, device: str | No
     return dataclasses.replace(measurement, sample=sample)
 
 
-def _gathered(measurement: Measurement, folders: list[Path], out: Path) -> DataFrame:
+def _gathered(measurement: Measurement, folders: dict[Path, Recipe], out: Path) -> DataFrame:
     """Tables of all cells as one, written with its record and its figure."""
-    paths = [folder / f"{measurement.name}.csv" for folder in folders]
+    paths = [
+        path
+        for folder, recipe in folders.items()
+        if measurement.applies_to(recipe)
+        for _, path in measurement.looks(recipe, folder)
+    ]
     records = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in paths]
     record = records[0] | {
         "checkpoints": [entry for one in records for entry in one["checkpoints"]],
@@ -376,11 +218,12 @@ def _gathered(measurement: Measurement, folders: list[Path], out: Path) -> DataF
 
 def _without_doubles(tables: list[DataFrame]) -> DataFrame:
     """Tables of all cells; an untrained twin, which cells of one seed share, stands in it once."""
-    seen: set[str] = set()
+    seen: set[tuple[Any, ...]] = set()
     parts = []
     for table in tables:
-        parts.append(table[~table["checkpoint"].isin(seen)])
-        seen |= set(table["checkpoint"])
+        keys = pd.Series(zip(table["checkpoint"], table["epoch"], strict=True), index=table.index)
+        parts.append(table[~keys.isin(seen)])
+        seen |= set(keys)
     return pd.concat(parts, ignore_index=True)
 
 

@@ -56,6 +56,11 @@ class Measure:
                 f"The condition of measure {self.name!r} must select rows of {self.probe}, "
                 f"got none for {self.where!r}; see the columns of {self.probe}.csv."
             )
+        if "epoch" in rows and (rows.groupby("checkpoint")["epoch"].nunique() > 1).any():
+            raise ValueError(
+                f"The condition of measure {self.name!r} must select one epoch of each run, got "
+                f"{', '.join(map(str, sorted(rows['epoch'].unique())))}; add one, such as: and epoch == epoch.max()."
+            )
         return rows.groupby("checkpoint", sort=False)[self.column].mean()
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +22,7 @@ from ssat_probe.measures.landscape import values_at
 from ssat_probe.subject import Subject
 from ssat_probe.table import write_atomically
 from ssat_probe.terms import NAMES, WITH_ERROR, Terms
+from ssat_probe.workers import begin
 
 SAVE_EVERY_S = 5.0
 POINTS_AT_A_TIME = 8  # that a process takes; the last ones of a grid wait for at most so many
@@ -189,8 +189,7 @@ _measure: Callable[[np.ndarray], Values]
 def _begin(content: bytes, threads: int, parent: int) -> None:
     """Start a worker process, which ends when its parent does."""
     global _measure
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    begin(threads, parent)
     look, anchors = pickle.loads(content)
     terms, parameters = look.terms(), look.subject.parameters(look.loss)
     _measure = lambda weights: values_at(parameters, terms, anchors, weights)  # noqa: E731
@@ -199,12 +198,6 @@ def _begin(content: bytes, threads: int, parent: int) -> None:
 def _work(weights: np.ndarray) -> Values:
     """Points in a worker process."""
     return _measure(weights)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 def _key(look: Look, options: dict[str, Any]) -> str:

@@ -129,6 +129,23 @@ def test_probe_may_be_measured_twice_with_other_options_on_other_models(tmp_path
     assert "<h2>Head of large</h2>" in page
 
 
+def test_a_probe_may_look_along_the_training(tiny: Path, tmp_path: Path) -> None:
+    text = TINY.replace("hessian: {", "hessian: {snapshots: [0, 1, 2], jackknife: false, ")
+    tiny.write_text(text.replace("'lambda_max'}", "'lambda_max' and epoch == epoch.max()}"), encoding="utf-8")
+    chosen = analysis.read(tiny)
+    compared, verdicts = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
+    table = pd.read_csv(tmp_path / "out" / "hessian.csv")
+    largest = table[table["quantity"] == "lambda_max"]
+    names = [recipe.name for recipe in chosen.recipes for _ in range(3)]
+    assert largest["checkpoint"].tolist() == names
+    assert largest["epoch"].tolist() == [0, 1, 2] * 4
+    last = largest[largest["epoch"] == 2].groupby("method")["value"].mean()
+    row = compared.set_index("measure").loc["λmax"]
+    assert [float(row[name].split()[0]) for name in ("SSL+FT", "SSAT")] == pytest.approx(last[["ssl_ft", "ssat"]], 1e-3)
+    assert verdicts["num_seeds"].tolist() == [2]
+    assert analysis.read(tiny, is_smoke=True).measurements[1].snapshots == (0, 1)
+
+
 def test_other_probe_options_are_measured_anew(tiny: Path, tmp_path: Path) -> None:
     run = lambda: analysis.run(analysis.read(tiny), tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)  # noqa: E731
     tiny.write_text(TINY.replace("seeds: [0, 1]", "seeds: [0]"), encoding="utf-8")
@@ -200,6 +217,11 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
             r"No 'vit_pico' in the models of this analysis, of which hes",
         ),
         (("ssat]", "sat]"), r"No 'sat' in method: .* Did you mean 'ssat'\?"),
+        (
+            ("hessian: {steps", "hessian: {snapshots: [0, 5], steps"),
+            r"The snapshots of hessian must be after epochs that a training of 2 keeps, got 5; choose from 0, 1, 2\.",
+        ),
+        (("hessian: {", "hessian: {snapshots: 3, "), r"snapshots of hessian must be a list of epochs, got 3; write"),
         (("seeds: [0, 1]", "seeds: []"), r"tiny.yaml must say seeds, got nothing there"),
         (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),
         ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),

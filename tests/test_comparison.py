@@ -37,6 +37,14 @@ def test_measure_is_the_mean_over_the_rows_that_the_condition_selects(table: Dat
     assert Measure("m", "p", "score", where="block == 1").of(table)["ssat1"] == pytest.approx(0.93)
 
 
+def test_epochs_of_a_run_are_never_averaged_over(table: DataFrame) -> None:
+    along = pd.concat([table.assign(epoch=epoch, score=table["score"] * epoch) for epoch in (1, 7, 3)])
+    with pytest.raises(ValueError, match=r"measure 'm' must select one epoch of each run, got 1, 3, 7; add one, such"):
+        Measure("m", "p", "score").of(along)
+    assert Measure("m", "p", "score", where="epoch == epoch.max()").of(along)["ssat1"] == pytest.approx(7 * 0.83)
+    assert Measure("m", "p", "score", where="epoch == 3 and block == 1").of(along)["ssat1"] == pytest.approx(3 * 0.93)
+
+
 def test_compared_methods_have_students_interval_over_seeds(table: DataFrame, costs: DataFrame) -> None:
     compared, _ = comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
     row = compared[compared["method"] == "ssl_ft"].iloc[0]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssat_probe import grid
 from ssat_probe.grid import Kept, Look, refuse_too_large, seconds_per_point, values_of
 from ssat_probe.measures.directions import flat, random_direction
 from ssat_probe.sample import Sample
@@ -85,16 +84,3 @@ def test_a_grid_is_refused_by_what_its_points_take(look: Look) -> None:
     refuse_too_large(10, 2.0, 2, 10.0)
     with pytest.raises(ValueError, match=r"into budget_s, 10 s .* got 11 points that would take 11 s; take fewer"):
         refuse_too_large(11, 2.0, 2, 10.0)
-
-
-def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = []
-
-    def exits(status: int) -> None:
-        ended.append(status)
-        raise SystemExit
-
-    monkeypatch.setattr(grid.os, "_exit", exits)
-    with pytest.raises(SystemExit):
-        grid._end_with(-1)
-    assert ended == [1]
