@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssat_probe import capture
+from ssat_probe import capture, geometry
 from ssat_probe.measures.bootstrap import ImageStatistics
 from ssat_probe.subject import Subject
 
 MOST_WEIGHTS = 2**18
 "Attention weights looked at a time, in chunks of queries: a megabyte in float32. Tuned, no source."
+
+MOST_MAPS = 2**23
+"Attention weights of all blocks together that are held at a time: 32 megabytes in float32. Tuned, no source."
 
 Values = Mapping[str, Tensor]
 
@@ -92,6 +95,41 @@ def of_attention(
             seen.statistics[block].add(batch.ids, *(finish or over_queries)(_joined(found)))
         seen.errors = dict(errors) if is_first else seen.errors
         seen.num_images += len(batch.images)
+    return seen
+
+
+def of_maps(subject: Subject, measure: Callable[[Mapping[int, geometry.Rows]], Mapping[Any, Values]]) -> Observation:
+    """Measure the attention between patches of all blocks together, as many images at a time as `MOST_MAPS` lets.
+
+    Args:
+        subject: Its model is in eval mode.
+        measure: What the rows by block give: a value per image and name, for any places.
+
+    Returns:
+        By the places that ``measure`` names.
+    """
+    chosen = capture.blocks_with(subject.model, "patch")
+    seen, size = _nothing(subject, ()), 1  # one image says how large its maps are
+    for batch in subject.batches():
+        start = 0
+        while start < len(batch.ids):
+            end = min(start + size, len(batch.ids))
+            maps: dict[int, geometry.Rows] = {}
+
+            def keep(one: capture.Attention, maps: dict[int, geometry.Rows] = maps) -> None:
+                maps[one.block] = geometry.arranged(one)
+
+            with (
+                torch.no_grad(),
+                capture.attention(subject.model, keep, only=chosen, is_checked=seen.num_images == 0) as errors,
+            ):
+                subject.model(batch.images[start:end])
+            for place, values in measure(maps).items():
+                seen.statistics.setdefault(place, ImageStatistics()).add(batch.ids[start:end], values)
+            seen.errors = dict(errors) if seen.num_images == 0 else seen.errors
+            seen.num_images += end - start
+            size = max(1, MOST_MAPS * (end - start) // sum(one.rows.numel() for one in maps.values()))
+            start = end
     return seen
 
 
