@@ -154,6 +154,7 @@ def of_features(
     is_wanted: Callable[[capture.Site], bool] = lambda site: True,
     *,
     as_maps: bool = False,
+    also: Callable[[capture.Site, Tensor], None] = lambda site, tokens: None,
 ) -> Observation:
     """Measure the patch tokens of the residual stream at every site.
 
@@ -162,6 +163,7 @@ def of_features(
         measure: Value per image and name, from the patch tokens of a batch.
         is_wanted: Which sites to look at.
         as_maps: Give ``measure`` maps (image, row, column, dim) instead of tokens.
+        also: Gets the tokens of a batch for what is no mean over images.
 
     Returns:
         By site.
@@ -179,6 +181,7 @@ def of_features(
                         "not. Set 'grid' on it."
                     )
                 seen.statistics[site].add(ids, measure(tokens.unflatten(1, seen.grids[site]) if as_maps else tokens))
+                also(site, tokens)
 
         with torch.no_grad(), capture.features(subject.model, reduce) as seen.grids:
             subject.model(batch.images)

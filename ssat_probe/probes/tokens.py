@@ -1,5 +1,6 @@
-"""How alike the tokens of an image become over the depth: cosine similarity and ranks."""
+"""How alike tokens, and images, become over the depth: cosine similarity and ranks."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
+    from ssat_probe.capture import Site
+    from ssat_probe.measures.scatter import StreamingSingularValues
     from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
@@ -25,12 +28,21 @@ _MEASURES = (
     Column("top_share", "", f"share of the energy in the first direction; {_EQUAL}"),
     Column("residual", "", "‖tokens - their mean‖ / ‖tokens‖: 0 collapsed to rank one, at most 1"),
 )
+_ALIKE = "undefined where all images are equal"
+_OF_IMAGES = (
+    Column(
+        "image_effective_rank", "", f"effective rank of the images' mean patch tokens, centred over images; {_ALIKE}"
+    ),
+    Column("image_energy_rank", "", f"their energy rank; {_ALIKE}"),
+    Column("image_stable_rank", "", f"their stable rank; {_ALIKE}"),
+    Column("image_ceiling", "", "largest possible rank of the images: min(images - 1, channels)"),
+)
 _PAIRED = ("cosine", "effective_rank", "residual")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How alike the tokens of an image become over the depth: cosine similarity and ranks."""
+    """How alike tokens, and images, become over the depth: cosine similarity and ranks."""
 
     standardize: bool = False
     "Centre each channel over the positions of an image and divide by its deviation there, so that few do not rule."
@@ -44,6 +56,7 @@ class Probe:
         *(column for one in _MEASURES for column in with_spread(one)),
         *(column for one in _MEASURES if one.name in _PAIRED for column in with_difference(one)),
         Column("ceiling", "", "largest possible rank: min(patch tokens - 1, channels)"),
+        *_OF_IMAGES,
         Column("undefined", "", "fraction of images without ranks, because their tokens are equal up to rounding"),
         Column("num_tokens", "", "number of patch tokens"),
         Column("num_images", "", "number of images"),
@@ -63,7 +76,7 @@ class Probe:
         Returns:
             The columns of this probe.
         """
-        return self._table(self._seen(subject), None)
+        return self._table(*self._seen(subject), None)
 
     def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
         """As `measure` for each subject, with differences to the first.
@@ -75,16 +88,24 @@ class Probe:
             Their tables.
         """
         seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
+        return [self._table(one, images, one.comparable(seen[0][0])) for one, images in seen]
 
-    def _seen(self, subject: "Subject") -> "Observation":
+    def _seen(self, subject: "Subject") -> "tuple[Observation, dict[Site, StreamingSingularValues]]":
         from ssat_probe import observation
+        from ssat_probe.measures.scatter import StreamingSingularValues
 
-        return observation.of_features(
-            subject, lambda tokens: _measured(tokens, self.standardize), lambda site: site.name in ("embed", "mlp")
+        images: dict[Site, StreamingSingularValues] = defaultdict(StreamingSingularValues)
+        seen = observation.of_features(
+            subject,
+            lambda tokens: _measured(tokens, self.standardize),
+            lambda site: site.name in ("embed", "mlp"),
+            also=lambda site, tokens: images[site].add(tokens.mean(1)),
         )
+        return seen, images
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def _table(
+        self, seen: "Observation", images: "dict[Site, StreamingSingularValues]", first: "Observation | None"
+    ) -> "DataFrame":
         from pandas import DataFrame
 
         rows = []
@@ -94,17 +115,18 @@ class Probe:
             for measure in _MEASURES:
                 row |= one.spread(measure.name)
             row |= one.differences(_PAIRED, first.statistics[site] if first else None)
+            row |= _ranks_of(images[site])
             rows.append(row | {"num_images": seen.num_images, "undefined": row["effective_rank_undefined"]})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":
-        """Cosine similarity, effective rank and residual over normalised depth.
+        """Cosine similarity, effective ranks and residual over normalised depth.
 
         Args:
             table: What `measure` gave, for one or more checkpoints.
 
         Returns:
-            Three panels.
+            Four panels.
         """
         from ssat_probe import drawing
 
@@ -112,11 +134,13 @@ class Probe:
             "cosine": ("mean cosine of two tokens", "Over-smoothing"),
             "effective_rank_share": ("effective rank / ceiling", "Rank of the tokens"),
             "residual": ("norm about the mean / norm", "Rank-collapse residual"),
+            "image_rank_share": ("effective rank / ceiling", "Rank of the images"),
         }
+        shown = table.assign(image_rank_share=table["image_effective_rank"] / table["image_ceiling"])
         with drawing.style():
-            figure, axes = drawing.panels(1, 3)
+            figure, axes = drawing.panels(2, 2, height=4.6)
             for ax, (name, (label, title)) in zip(axes, titles.items(), strict=True):
-                drawn = drawing.lines_with_band(ax, table, "depth", name)
+                drawn = drawing.lines_with_band(ax, shown, "depth", name)
                 drawing.keep_within(ax, -1 if name == "cosine" else 0, 1)
                 drawing.label_axes(ax, "normalised depth", label, title)
             drawing.legend_below(figure, drawing.band_note(drawn))
@@ -132,10 +156,21 @@ class Probe:
             One row per checkpoint and end.
         """
         names = ["checkpoint", "block", "cosine", "effective_rank", "energy_rank", "stable_rank", "ceiling", "residual"]
+        names += ["image_effective_rank", "image_ceiling"]
         ends = [one.iloc[[0, -1]] for _, one in table.groupby("checkpoint", sort=False)]
         import pandas as pd
 
         return pd.concat(ends)[names].reset_index(drop=True)
+
+
+def _ranks_of(images: "StreamingSingularValues") -> dict[str, float]:
+    """Ranks of the mean patch tokens of all images together: one number, no mean over images."""
+    from ssat_probe.measures import tokens as measures
+
+    values = images.values
+    ranks = (measures.effective_rank(values), measures.energy_rank(values), measures.stable_rank(values))
+    names = [column.name for column in _OF_IMAGES]
+    return dict(zip(names, (*map(float, ranks), images.ceiling), strict=True))
 
 
 def _measured(tokens: "Tensor", is_standardized: bool) -> "dict[str, Tensor]":

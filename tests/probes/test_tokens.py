@@ -42,6 +42,22 @@ def test_every_row_is_the_measure_of_that_blocks_output(checkpoints: Paths) -> N
         assert row.num_images == 13
 
 
+def test_image_ranks_are_of_the_mean_tokens_of_all_images_together(checkpoints: Paths) -> None:
+    subject = Subject.of(checkpoints["ssat"], SAMPLE)
+    table = Probe().measure(subject)
+    for row, tokens in zip(table.itertuples(), stream(subject), strict=True):
+        rows = tokens.mean(1).numpy()
+        values = np.linalg.svd(rows - rows.mean(0), compute_uv=False)[:12]
+        shares, energies = values / values.sum(), values**2 / (values**2).sum()
+        assert row.image_effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-10)
+        assert row.image_energy_rank == pytest.approx(np.exp(-(energies * np.log(energies)).sum()), rel=1e-10)
+        assert row.image_stable_rank == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-10)
+        assert row.image_ceiling == 12
+    # Standardised over the positions of an image, its mean token would be 0: image ranks are of the tokens as they are.
+    other = Probe(standardize=True).measure(subject)
+    np.testing.assert_array_equal(other["image_effective_rank"], table["image_effective_rank"])
+
+
 def test_differences_are_to_the_first_checkpoint_on_the_same_images(checkpoints: Paths) -> None:
     table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["scratch"], checkpoints["ssat"]], SAMPLE)
     first, second = (one.reset_index() for _, one in table.groupby("checkpoint", sort=False))
@@ -72,5 +88,5 @@ def test_figure_shows_every_method_and_the_twin(checkpoints: Paths) -> None:
     table, _ = probe.measure_all(Probe(), list(checkpoints.values()), SAMPLE)
     figure = Probe().draw(table)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["scratch", "SSL+FT", "SSAT", "untrained"]
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
     assert len(Probe().summary(table)) == 8
