@@ -157,6 +157,7 @@ def room_for(
     *,
     max_bytes: int,
     num_vectors: int = 0,
+    taken: int = 0,
 ) -> Room:
     """How a budget of memory is used for a subject: micro-batch, kept graphs, place of the Lanczos vectors.
 
@@ -167,6 +168,7 @@ def room_for(
         params: As for `operators`.
         max_bytes: The budget, beside model and images.
         num_vectors: Lanczos vectors that are kept.
+        taken: Bytes of the budget that dense matrices take.
 
     Returns:
         For `operators`; a budget that is too small is a ValueError.
@@ -177,4 +179,5 @@ def room_for(
     rank, num = processes.place()
     share = -(-sum(sizes) // num)
     found = need(plain.parameters, plain.loss, whole, max_bytes) if rank == 0 else None
-    return room(max_bytes, plain.size, num_vectors, processes.first(found), share, min(max(sizes), share))
+    sized = plain.size, num_vectors, processes.first(found), share, min(max(sizes), share)
+    return room(max_bytes, *sized, taken=taken)

@@ -183,7 +183,7 @@ def estimate(probe: Probe, paths: Sequence[Path], sample: Sample, source: Source
     from ssat_probe.subject import Subject
 
     text: str = probe.estimate(Subject.of(paths[0], sample, probe.split, source))
-    return f"{_name_of(probe)}: {text}, {len(paths)} of them"
+    return text and f"{_name_of(probe)}: {text}, {len(paths)} of them"
 
 
 def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress, unfinished: Path | None) -> "DataFrame":

@@ -355,6 +355,17 @@ def test_without_out_the_results_lie_in_a_folder_named_after_the_checkpoints(run
     assert folder.name.startswith("vit_nano-digits-ssat-seed0-ssat-")
 
 
+def test_an_exact_spectrum_says_first_what_it_costs(run: Run, refused: Run, checkpoints: Paths) -> None:
+    command = ["hessian", "--ckpt", checkpoints["ssat"], "--num-images", 3, "--method", "exact", "--device", "cpu"]
+    told, *_, written = run(*command, "--params", "head.*", "--out", "out").splitlines()
+    assert told.startswith("hessian: exact spectrum of 330 parameters, 0.0016 GiB of matrices: about ")
+    assert told.endswith(" s for eigenvalues per checkpoint, 1 of them")
+    assert written.startswith("Wrote out/hessian.csv")
+    assert "must fit into 1e-05 GiB, got 330 parameters that need 0.00162 GiB. At most 25 parameters fit" in refused(
+        *command, "--params", "head.*", "--memory", "1e-5"
+    )
+
+
 def test_a_key_of_a_yaml_file_may_have_the_name_of_a_command(run: Run, refused: Run, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("data: mnist5k\nmethod: scratch\nepochs: 1\n")
     assert run("train", "--config", "a.yaml", "--plan").startswith("vit_nano-mnist5k-scratch-seed0: ")

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ssat_probe.measures.hessian import HessianOperator, random_state_kept
+from ssat_probe.measures.hessian import HessianOperator
+from ssat_probe.measures.isolation import undisturbed
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+(?=\.)")
@@ -83,8 +84,8 @@ class BlockOperator(HessianOperator):
         """
         totals = {label: torch.zeros_like(vector) for label, vector in vectors.items()}
         num_images = 0
-        with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
-            for gradients, num, _ in self._graphs():
+        with undisturbed():
+            for gradients, num, _ in self.graphs():
                 by_name = dict(zip(self.parameters, gradients, strict=True))
                 for label, vector in vectors.items():
                     totals[label] += num * self._second_of(label, by_name, vector)

@@ -12,7 +12,8 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from ssat_probe.measures.batching import pieces, turned
-from ssat_probe.measures.hessian import Evaluation, HessianOperator, random_state_kept
+from ssat_probe.measures.hessian import Evaluation, HessianOperator
+from ssat_probe.measures.isolation import random_state_kept
 
 
 @dataclass(frozen=True)

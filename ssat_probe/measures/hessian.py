@@ -5,7 +5,6 @@ wrong through layer normalisation (a test keeps watch over which of them still a
 """
 
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssat_probe.measures.isolation import undisturbed
 from ssat_probe.measures.processes import gathered, summed
 
 CHUNK = 64  # vectors of one batched product; tuned on a 3,000-parameter ViT, no source
@@ -165,10 +165,10 @@ class HessianOperator:
                 "Concatenate the parameters in the order of the operator."
             )
         num_images = 0
-        with _undisturbed():
+        with undisturbed():
             vectors = self._embedded(vectors.clone())  # a plain tensor, also of one that inference mode made
             total = torch.zeros_like(vectors)
-            for gradients, num, is_kept in self._graphs():
+            for gradients, num, is_kept in self.graphs():
                 share = num if self.reduction == "mean" else 1
                 self._add_second(total, share, gradients, vectors, retain_graph=is_kept)
                 num_images += num
@@ -185,7 +185,7 @@ class HessianOperator:
         """
         gradient = torch.zeros(self._slices[-1].stop, dtype=torch.float64, device=self.device)
         losses, sizes = [], []
-        with _undisturbed():
+        with undisturbed():
             for batch, num, _ in self._sized():
                 loss = self._forward(batch)
                 first = self._differentiate([loss], None, create_graph=False)
@@ -267,8 +267,12 @@ class HessianOperator:
                     raise ValueError(f"A batch must hold at least one image, got {num}. Leave empty batches out.")
                 yield batch, num, len(head) == 1
 
-    def _graphs(self) -> Iterator[tuple[list[Tensor | None], int, bool]]:
-        """First derivatives that can be differentiated again, batch by batch; and whether they are used once more."""
+    def graphs(self) -> Iterator[tuple[list[Tensor | None], int, bool]]:
+        """First derivatives of batch after batch that can be differentiated again; inside `undisturbed`.
+
+        Yields:
+            One gradient per parameter, None where it is zero; images of the batch; whether the graph is kept.
+        """
         if self._kept:
             yield from ((gradients, num, True) for gradients, num in self._kept)
             return
@@ -279,6 +283,7 @@ class HessianOperator:
             if is_kept:
                 kept.append((gradients, num))
             yield gradients, num, is_kept
+            del gradients  # the graph must not outlive the making of the next one
         self._kept = kept
 
     def _forward(self, batch: Any) -> Tensor:
@@ -302,21 +307,55 @@ class HessianOperator:
         ]
         if not pairs:  # a loss that is linear in all parameters, or has none that can be trained
             return
-        outputs = [gradient for gradient, _ in pairs]
-        if len(vectors) == 1:
-            blocks = self._differentiate(outputs, [along[0] for _, along in pairs], retain_graph=retain_graph)
-        else:
-            many = [along for _, along in pairs]
-            blocks = self._differentiate(outputs, many, retain_graph=retain_graph, is_grads_batched=True)
+        blocks = self._second([one for one, _ in pairs], [along for _, along in pairs], retain_graph=retain_graph)
         for place, block in zip(self._slices, blocks, strict=True):
             if block is not None:
-                total[:, place] += share * block.detach().reshape(len(vectors), -1).double()
+                total[:, place] += share * block.reshape(len(vectors), -1).double()
 
-    def _differentiate(self, outputs: list[Tensor], along: list[Tensor] | None, **options: bool) -> list[Tensor | None]:
-        """One entry per parameter: derivative of the outputs, None where it is zero throughout."""
-        trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+    def rows(
+        self, gradients: list[Tensor | None], tensor: int, entries: Int[Tensor, " row"]
+    ) -> Float64[Tensor, "row column"]:
+        """Rows of the Hessian of one batch's loss, from their own tensor on; the rest is known by symmetry.
+
+        No backward pass goes further down than the tensor: for late layers that is a small part of the graph.
+
+        Args:
+            gradients: From `graphs`.
+            tensor: Place of the parameter among all.
+            entries: Places within it, one per row.
+
+        Returns:
+            Columns of all coordinates of this parameter and those after it, restricted or not.
+        """
+        begin = self._slices[tensor].start
+        found = torch.zeros(len(entries), self._slices[-1].stop - begin, dtype=torch.float64, device=self.device)
+        gradient = gradients[tensor]
+        if gradient is None or not gradient.requires_grad:
+            return found
+        units = torch.nn.functional.one_hot(entries, gradient.numel()).to(gradient)
+        along = units.view(len(entries), *gradient.shape)
+        blocks = self._second([gradient], [along], retain_graph=True, first=tensor)
+        for place, block in zip(self._slices[tensor:], blocks, strict=True):
+            if block is not None:
+                found[:, place.start - begin : place.stop - begin] = block.reshape(len(entries), -1)
+        return found
+
+    def _second(
+        self, outputs: list[Tensor], along: list[Tensor], *, retain_graph: bool, first: int = 0
+    ) -> list[Tensor | None]:
+        """Derivatives of first derivatives along one vector per row of ``along``; several share a backward pass."""
+        if len(along[0]) == 1:
+            return self._differentiate(outputs, [one[0] for one in along], first, retain_graph=retain_graph)
+        return self._differentiate(outputs, along, first, retain_graph=retain_graph, is_grads_batched=True)
+
+    def _differentiate(
+        self, outputs: list[Tensor], along: list[Tensor] | None, first: int = 0, **options: bool
+    ) -> list[Tensor | None]:
+        """One entry per parameter from the first on: derivative of the outputs, None where it is zero throughout."""
+        wanted = list(self.parameters.values())[first:]
+        trainable = [parameter for parameter in wanted if parameter.requires_grad]
         if not trainable or not any(output.requires_grad for output in outputs):
-            return [None] * len(self.parameters)
+            return [None] * len(wanted)
         try:
             blocks = iter(torch.autograd.grad(outputs, trainable, along, allow_unused=True, **options))
         except RuntimeError as error:
@@ -326,7 +365,7 @@ class HessianOperator:
                     "Replace the fused or compiled operation (attention, torch.compile) by its plain form."
                 ) from error
             raise
-        return [next(blocks) if parameter.requires_grad else None for parameter in self.parameters.values()]
+        return [next(blocks) if parameter.requires_grad else None for parameter in wanted]
 
 
 def dense(
@@ -356,27 +395,6 @@ def dense(
         for start in range(0, size, chunk):
             stop = min(start + chunk, size)
             units = torch.zeros(stop - start, size, dtype=torch.float64, device=operator.device)
-            units[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            units.diagonal(start).fill_(1)
             matrix[start:stop] = operator.products(units)
     return matrix
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Whatever draws random numbers inside the block, the global generators stand afterwards where they stood."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
-        yield

@@ -119,7 +119,9 @@ class Room:
     "Vectors per product that fit."
 
 
-def room(max_bytes: int, size: int, num_vectors: int, needs: Need, num_images: int, batch_size: int) -> Room:
+def room(
+    max_bytes: int, size: int, num_vectors: int, needs: Need, num_images: int, batch_size: int, *, taken: int = 0
+) -> Room:
     """Divide a budget between vectors, Lanczos basis and graphs.
 
     Args:
@@ -129,6 +131,7 @@ def room(max_bytes: int, size: int, num_vectors: int, needs: Need, num_images: i
         needs: Of the graphs.
         num_images: In all.
         batch_size: Images that share a graph at most.
+        taken: Bytes for dense matrices.
 
     Returns:
         The largest micro-batch that fits, the basis in memory if it takes at most half the budget.
@@ -138,7 +141,7 @@ def room(max_bytes: int, size: int, num_vectors: int, needs: Need, num_images: i
     """
     vectors, basis = 8 * VECTORS * size, 8 * num_vectors * size
     is_on_disk = basis > max_bytes // 2
-    fixed = vectors + (min(BLOCK_BYTES + 8 * size, basis) if is_on_disk else basis)
+    fixed = taken + vectors + (min(BLOCK_BYTES + 8 * size, basis) if is_on_disk else basis)
     batch_size = min(batch_size, num_images)
     fitting = [num for num in range(1, batch_size + 1) if fixed + needs.of(num) <= max_bytes]
     if not fitting:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ssat_probe.measures import spectrum
 from ssat_probe.measures.batches import average_positive, batch_ends, negative_proportion, signed_power
 from ssat_probe.measures.certificate import Certificate
-from ssat_probe.measures.exact import exact_spectrum
-from ssat_probe.measures.hessian import Evaluation, HessianOperator
+from ssat_probe.measures.exact import AGREEMENT, exact_spectrum
+from ssat_probe.measures.hessian import CHUNK, Evaluation, HessianOperator
 from ssat_probe.measures.inverse import (
     SOLVERS,
     Calibration,
@@ -50,6 +50,8 @@ class Settings:
     max_bytes: int = 2 * 2**30
     max_seconds: float = float("inf")
     "Of an exact spectrum."
+    max_chunk: int = CHUNK
+    "Rows of an exact Hessian that may share a backward pass."
     bystanders: tuple[Tensor, ...] = ()
     "Parameters of the model that the operator does not cover."
     jackknife: bool = False
@@ -222,13 +224,14 @@ def _with_data_errors(rows: Rows, found: DataErrors) -> Rows:
 
 
 def _exact(operator: HessianOperator, settings: Settings) -> Rows:
-    limits: dict[str, Any] = {"max_bytes": settings.max_bytes, "max_seconds": settings.max_seconds}
+    limits: dict[str, Any] = {name: getattr(settings, name) for name in ("max_bytes", "max_seconds", "max_chunk")}
     found = exact_spectrum(operator, on_step=settings.on_step, **limits)
     return [
         {"quantity": "estimated_seconds", "value": found.cost.seconds, "unit": "s"},
         {"quantity": "estimated_memory", "value": found.cost.num_bytes / 2**30, "unit": "GiB"},
         *spectrum.exact_rows(found.eigenvalues),
         {"quantity": "asymmetry", "value": found.asymmetry},
+        {"quantity": "check_rows", "value": found.disagreement, "high": AGREEMENT, "converged": 1.0},
     ]
 
 

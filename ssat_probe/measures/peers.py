@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssat_probe.measures.hessian import HessianOperator, random_state_kept
+from ssat_probe.measures.hessian import HessianOperator
+from ssat_probe.measures.isolation import random_state_kept
 
 
 @dataclass(frozen=True)

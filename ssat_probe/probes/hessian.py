@@ -107,21 +107,11 @@ class Probe:
         """
         import pandas as pd
 
-        from ssat_probe.curvature import in_float64, operators, room_for
         from ssat_probe.measures.certificate import certify
         from ssat_probe.measures.methods import Settings, compared, rows_of
         from ssat_probe.measures.stopping import until
 
-        self._check()
-        subject = in_float64(subject) if "exact" in (self.method, *self.compare) else subject
-        everything = subject.parameters(self.loss)
-        chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
-        max_bytes = int(self.memory * 2**30)
-        space = room_for(
-            subject, everything, self.loss, self.params, max_bytes=max_bytes, num_vectors=self.num_steps and self.steps
-        )
-        plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
-        plain.keeps = operator.keeps = space.is_cached
+        subject, everything, space, plain, operator = self._prepared(subject)
         key = "" if unfinished is None else self._key(subject, [space.micro_batch, space.is_cached])
         folder = None if unfinished is None else unfinished / hashlib.sha256(key.encode()).hexdigest()[:16]
         certificate, evaluation = certify(operator, evaluated=plain), plain.evaluate()
@@ -131,7 +121,8 @@ class Probe:
             self.steps,
             self.probes,
             self.seed,
-            max_bytes=max_bytes,
+            max_bytes=self._max_bytes,
+            max_chunk=space.max_chunk,
             max_seconds=self.most_seconds,
             bystanders=tuple(everything.values()),
             jackknife=self.jackknife and not space.is_on_disk,
@@ -154,6 +145,52 @@ class Probe:
         table = table.astype({name: float for name in names[3:-1]})
         table.attrs = {"mode": asdict(mode), "memory": asdict(space)}  # measured seconds: for the record
         return table
+
+    def estimate(self, subject: "Subject") -> str:
+        """What an exact spectrum of one such checkpoint costs, from rows that are timed now.
+
+        Args:
+            subject: Model, images and losses.
+
+        Returns:
+            Seconds and memory; empty for the other methods. What does not fit into the memory is a ValueError.
+        """
+        if "exact" not in (self.method, *self.compare):
+            return ""
+        from ssat_probe.measures.exact import cost
+
+        _, _, space, _, operator = self._prepared(subject)
+        found, _ = cost(operator, space.max_chunk)
+        return (
+            f"exact spectrum of {found.num_parameters:,} parameters, {found.num_bytes / 2**30:.2g} GiB of matrices: "
+            f"about {found.row_seconds:.2g} s for rows and {found.solver_seconds:.2g} s for eigenvalues per checkpoint"
+        )
+
+    def _prepared(
+        self, subject: "Subject"
+    ) -> tuple["Subject", dict[str, Any], "Room", "HessianOperator", "HessianOperator"]:
+        """Subject in the arithmetic of the method, its parameters, the memory; operators of loss and matrix."""
+        from ssat_probe.curvature import in_float64, operators, room_for
+        from ssat_probe.measures.exact import refuse
+        from ssat_probe.measures.selection import selected
+
+        self._check()
+        is_exact = "exact" in (self.method, *self.compare)
+        subject = in_float64(subject) if is_exact else subject
+        everything = subject.parameters(self.loss)
+        parameters, coordinates = selected(everything, self.params)
+        size = sum(one.numel() for one in parameters.values()) if coordinates is None else len(coordinates)
+        taken = refuse(parameters, size, self._max_bytes) if is_exact else 0
+        budget: Any = {"max_bytes": self._max_bytes, "taken": taken, "num_vectors": self.num_steps and self.steps}
+        space = room_for(subject, everything, self.loss, self.params, **budget)
+        chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
+        plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
+        plain.keeps = operator.keeps = space.is_cached
+        return subject, everything, space, plain, operator
+
+    @property
+    def _max_bytes(self) -> int:
+        return int(self.memory * 2**30)
 
     def _check(self) -> None:
         """Refuse options that are out of range, before anything is computed."""
@@ -187,11 +224,6 @@ class Probe:
                 "matrix, method or selection; leave --method, --matrix, --compare and --params out."
             )
 
-    @property
-    def _is_many(self) -> bool:
-        """Whether products with several vectors at once are of use."""
-        return "exact" in (self.method, *self.compare) or self.probes > 1
-
     def _mode(self, operator: "HessianOperator", space: "Room", folder: Path | None) -> "Mode":
         """The fastest way to products; that of the interrupted run where there is one."""
         from ssat_probe.measures.mode import Mode, fastest
@@ -201,8 +233,8 @@ class Probe:
             mode = Mode(**json.loads(kept.read_text(encoding="utf-8")))
             operator.keeps = mode.name != "fresh"
             return mode
-        num = operator.size if "exact" in (self.method, *self.compare) else self.probes
-        mode = fastest(operator, num_vectors=num, is_cached=space.is_cached, max_chunk=space.max_chunk, asked=self.mode)
+        fits: Any = {"is_cached": space.is_cached, "max_chunk": space.max_chunk}
+        mode = fastest(operator, num_vectors=self.probes, asked=self.mode, **fits)
         if kept is not None:
             write_atomically(kept, json.dumps(asdict(mode)))
         return mode

@@ -113,6 +113,11 @@ class TestRoom:
         assert found.num_bytes <= gib * GIB
         assert 1 <= found.micro_batch <= 64
 
+    def test_dense_matrices_leave_less_for_images(self):
+        plain, beside = (room(3 * GIB, 50_021, 0, self.needs, 512, 128, taken=taken) for taken in (0, GIB))
+        assert beside.micro_batch < plain.micro_batch
+        assert GIB < beside.num_bytes <= 3 * GIB
+
     def test_too_little_is_refused_with_what_would_fit(self):
         least = (8 * memory.VECTORS * 5_000_011 + BLOCK_BYTES + 8 * 5_000_011 + self.needs.of(1)) / GIB
         with pytest.raises(

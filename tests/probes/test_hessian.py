@@ -302,6 +302,15 @@ class TestRefusals:
             hessian.Probe(method="exact", most_seconds=0.0).measure(subject)
         with pytest.raises(ValueError, match=r"must take at most 0\.001 s, got an estimate of .* At most"):
             hessian.Probe(method="exact", most_seconds=1e-3).measure(subject)
+        for call in ("measure", "estimate"):  # before anything is timed
+            with pytest.raises(ValueError, match=r"must fit into 0\.001 GiB, got 1\d\d\d parameters that need"):
+                getattr(hessian.Probe(method="exact", memory=1e-3), call)(subject)
+
+    def test_an_exact_spectrum_says_before_what_it_will_cost(self, subject):
+        line = hessian.Probe(compare=("lanczos", "exact")).estimate(subject)
+        assert line.startswith("exact spectrum of 1,"), line
+        assert "GiB of matrices: about" in line
+        assert hessian.Probe().estimate(subject) == ""
 
     def test_failed_certificate_comes_before_any_number(self, subject):
         class Noisy(Subject):
