@@ -19,7 +19,7 @@ from ssat_probe import probe as runner
 from ssat_probe import registry
 from ssat_probe.probe import IDENTITY, Probe
 from ssat_probe.sample import Sample
-from ssat_probe.subject import Subject
+from ssat_probe.subject import Batch, Subject
 from ssat_probe.table import Column
 
 Paths = dict[str, Path]
@@ -32,6 +32,11 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 "Options that make a slow probe quick; everything else runs with its defaults."
 NUM_IMAGES = 11
+REPRESENTATION = {
+    "accuracy", "attention", "fourier", "heads", "histogram", "maps", "repetition", "similarity", "spectrum", "tokens",
+    "variance",
+}  # fmt: skip
+"Probes of what images look like inside; the others differentiate a loss."
 
 pytestmark = pytest.mark.parametrize("name", PROBES)
 
@@ -158,6 +163,25 @@ def test_no_batch_size_enters(name: str, checkpoints: Paths) -> None:
         part = probe.measure(subject(checkpoints["ssat"], probe, size))
         part = part.where(is_measured(whole), whole)
         pd.testing.assert_frame_equal(part, whole, check_exact=False, rtol=1e-9, atol=1e-12, obj=f"batch size {size}")
+
+
+@pytest.mark.parametrize("sizes", [(1,) * NUM_IMAGES, (4, 7), (2, 1, 5, 3), (NUM_IMAGES,)], ids=str)
+def test_representation_does_not_know_how_images_came(
+    name: str, sizes: tuple[int, ...], checkpoints: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-12 in float64: batches of any sizes, with the images of the sample in any order."""
+    if name not in REPRESENTATION:
+        pytest.skip("curvature knows rounding of its own: see test_no_batch_size_enters")
+    probe = quick(name)
+    one = subject(checkpoints["ssat"], probe, NUM_IMAGES)
+    expected = probe.measure(one)
+    (whole,) = one.batches()
+    order = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(sum(sizes[:2])))
+    parts = [Batch(whole.images[i], whole.labels[i], whole.ids[i]) for i in order.split(sizes)]
+    monkeypatch.setattr(Subject, "batches", lambda self: iter(parts))
+    found = probe.measure(one)
+    found = found.where(is_measured(expected), expected)
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_are_finite_but_where_a_column_says_otherwise(name: str, tables: Callable[[str], pd.DataFrame]) -> None:
