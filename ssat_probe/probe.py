@@ -160,7 +160,7 @@ def measure_all(
     measured = {entry["checkpoint"]: table.attrs for entry, table in zip(subjects.seen, tables, strict=True)}
     tables = [_with_identity(table, one) for table, one in zip(tables, subjects.identities, strict=True)]
     progress(len(paths), len(paths), "")
-    record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started)
+    record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started, source)
     if any(measured.values()):
         record["measured"] = _plain(measured)
     return pd.concat(tables, ignore_index=True), record
@@ -197,7 +197,9 @@ def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress, 
     return probe.measure(subject, **options)
 
 
-def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float) -> dict[str, Any]:
+def record_of(
+    probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float, source: Source = Source()
+) -> dict[str, Any]:
     """How a table was made, as plain data.
 
     Args:
@@ -206,6 +208,7 @@ def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: st
         seen: What was measured, from ``seen_of``.
         device: Where.
         seconds: How long it took.
+        source: What was said about foreign weights.
 
     Returns:
         For the json beside the table.
@@ -213,14 +216,22 @@ def record_of(probe: Any, sample: Sample, seen: list[dict[str, Any]], device: st
     import torch
 
     return {
-        "probe": _name_of(probe),
-        "options": _plain(dataclasses.asdict(probe)),
-        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
+        **_asked(probe, sample, source),
         "checkpoints": seen,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
         "device": device,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 3),
+    }
+
+
+def _asked(probe: Any, sample: Sample, source: Source = Source()) -> dict[str, Any]:
+    """All that the user chose."""
+    return {
+        "probe": _name_of(probe),
+        "options": _plain(dataclasses.asdict(probe)),
+        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
+        "source": _plain(dataclasses.asdict(source)),
     }
 
 
@@ -273,7 +284,9 @@ def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out:
     drawing.save(probe.draw(read_table(out / f"{name}.csv")), out / name)
 
 
-def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path, name: str = "") -> bool:
+def is_up_to_date(
+    probe: Probe, paths: Sequence[Path], sample: Sample, out: Path, name: str = "", source: Source = Source()
+) -> bool:
     """Whether a folder holds this probe's complete table for these very weights, images, options and version.
 
     Args:
@@ -282,6 +295,7 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
         sample: Which images.
         out: The folder.
         name: Of the files; empty means the probe's.
+        source: What is said about foreign weights.
 
     Returns:
         True if measuring again would give what is there.
@@ -295,14 +309,13 @@ def is_up_to_date(probe: Probe, paths: Sequence[Path], sample: Sample, out: Path
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    options = _plain(dataclasses.asdict(probe))  # type: ignore[call-overload]
-    wanted = _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split}
-    if record.get("probe") != _name_of(probe) or record.get("options") != options or record.get("sample") != wanted:
+    found = {"source": _plain(dataclasses.asdict(Source()))} | record  # earlier versions did not record it
+    if any(found.get(key) != value for key, value in _asked(probe, sample, source).items()):
         return False
     if record.get("versions", {}).get("ssat-probe") != version("ssat-probe"):
         return False
     there = [(entry["hash"], entry["images"]) for entry in record["checkpoints"] if entry["path"]]
-    subjects = (Subject.of(path, sample, probe.split) for path in paths)
+    subjects = (Subject.of(path, sample, probe.split, source) for path in paths)
     return there == [(subject.checkpoint.hash, subject.fingerprint) for subject in subjects]
 
 
