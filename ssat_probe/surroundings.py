@@ -15,7 +15,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from ssat_probe.eigenvectors import kept
-from ssat_probe.grid import Kept, Look, refuse_too_large, seconds_per_point, values_of
+from ssat_probe.grid import Kept, Look, pace_of, refuse_too_large, values_of
 from ssat_probe.measures.directions import (
     Eigenvector,
     cosine,
@@ -92,7 +92,8 @@ def measure(settings: Settings, subject: Subject) -> list[dict[str, Any]]:
     terms = look.terms()
     kept_values = Kept(None if settings.keep is None else Path(settings.keep), look, _determining(settings))
     num_left = num_points(settings) - len(kept_values.values)
-    refuse_too_large(num_left, seconds_per_point(terms), settings.jobs, settings.budget_s)
+    pace = pace_of(terms, settings.jobs)
+    refuse_too_large(num_left, pace.seconds, settings.budget_s)
     batches = [(batch, len(batch.images)) for batch in subject.batches(settings.is_augmented)]
     operator = HessianOperator(parameters, lambda batch: subject.loss(batch, settings.loss), batches)
     with operator:
@@ -101,7 +102,7 @@ def measure(settings: Settings, subject: Subject) -> list[dict[str, Any]]:
         plane = [axes[name] for name in _numbered(settings.plane)]
         points = _Points(settings, axes, plane)
         anchors = [flat(parameters), *(axis.vector for axis in axes.values())]
-        values = values_of(look, terms, anchors, points.weights, kept_values, settings.jobs)
+        values = values_of(look, terms, anchors, points.weights, kept_values, settings.jobs, pace.at_once)
         rows = [*points.rows(values, terms.present)]
         rows += _facts(settings, operator, terms, axes, plane, gradient)
         operator.release()
@@ -123,16 +124,17 @@ def estimate(settings: Settings, subject: Subject) -> str:
     batches = [(batch, len(batch.images)) for batch in subject.batches(settings.is_augmented)]
     parameters = subject.parameters(settings.loss)
     operator = HessianOperator(parameters, lambda batch: subject.loss(batch, settings.loss), batches)
-    seconds, num = seconds_per_point(look.terms()), num_points(settings)
+    pace, num = pace_of(look.terms(), settings.jobs), num_points(settings)
     has_ends = settings.eigenvectors is None and any(name in ENDS for name in (*settings.lines, *settings.plane))
     num_products = 10 + settings.steps * has_ends
     started = time.perf_counter()
     operator.product(torch.ones(operator.size, dtype=torch.float64, device=operator.device))
     products = (time.perf_counter() - started) * num_products
-    total = num * seconds / settings.jobs + products
+    total = num * pace.seconds + products
+    shared = f", {settings.jobs} processes" if settings.jobs > 1 else f", {pace.at_once} at once" * (pace.at_once > 1)
     return (
-        f"{num} points of {seconds:.3g} s in {settings.jobs} process{'es' if settings.jobs > 1 else ''}, some "
-        f"{num_products} Hessian-vector products: about {total:.0f} s per checkpoint"
+        f"{num} points of {pace.seconds:.3g} s{shared}, some {num_products} Hessian-vector products: "
+        f"about {total:.0f} s per checkpoint"
     )
 
 

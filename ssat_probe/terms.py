@@ -1,6 +1,8 @@
 """Terms of a subject's loss, each by itself, on images that are prepared once and looked at again and again."""
 
+import copy
 from collections.abc import Mapping
+from typing import Self
 
 import numpy as np
 import torch
@@ -56,6 +58,25 @@ class Terms:
         recipe = subject.checkpoint.recipe
         self._weight, self._decay = recipe.lambda_weight, recipe.weight_decay
 
+    def on(self, subject: Subject, parameters: Mapping[str, Tensor]) -> Self:
+        """The same images in front of a copy of the model, for another thread.
+
+        Args:
+            subject: With that copy.
+            parameters: Its, those that move.
+
+        Returns:
+            Terms that share the images.
+        """
+        other = copy.copy(self)
+        other._subject, other._parameters, other._attention = subject, parameters, SmallAttention()
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._subject.device
+
     @property
     def present(self) -> tuple[str, ...]:
         """The terms that this subject has."""
@@ -79,19 +100,17 @@ class Terms:
                     errors = self._subject.reconstruction_errors(batch, mask).double()
                 parts["reconstruction"].append(errors)
                 parts["joint"].append(self._weight * losses + (1 - self._weight) * errors)
-        images = {name: torch.cat(values) for name, values in parts.items()}
-        means = {name: float(values.mean()) for name, values in images.items()}
+        images = torch.stack([torch.cat(values) for values in parts.values()])
+        means = dict(zip(WITH_ERROR, images.mean(dim=1).tolist(), strict=True))
         is_broken = not np.isfinite(means["cross_entropy"])  # argmax of NaN would still count as an answer
         means |= {"l2": self._l2()} | ({"accuracy": float("nan")} if is_broken else {})
-        errors_of = [float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in images.values()]
-        batch_means = torch.stack(
-            [
-                torch.stack([v[part :: self._num_parts].mean() for v in images.values()])
-                for part in range(self._num_parts)
-            ]
-        )
-        lows, highs = batch_means.amin(dim=0).tolist(), batch_means.amax(dim=0).tolist()
-        return np.array([*(means[name] for name in NAMES), *errors_of, *lows, *highs])
+        num = images.shape[1]
+        errors_of = images.std(dim=1) / num**0.5 if num > 1 else torch.zeros(len(images))
+        part_of = torch.arange(num, device=images.device) % self._num_parts
+        sums = images.new_zeros(len(images), self._num_parts).index_add_(1, part_of, images)
+        batch_means = sums / part_of.bincount(minlength=self._num_parts)
+        ranges = torch.cat([batch_means.amin(dim=1), batch_means.amax(dim=1)])
+        return np.array([*(means[name] for name in NAMES), *errors_of.tolist(), *ranges.tolist()])
 
     def _l2(self) -> float:
         squares = [p.detach().double().square().sum() for p in self._parameters.values() if p.ndim > 1]
