@@ -60,8 +60,8 @@ def in_float64(subject: Subject) -> Subject:
 def l2_term(parameters: Mapping[str, Tensor], weight_decay: float) -> Callable[[], Tensor]:
     """Half the weight decay times the squared length of the parameters that decay.
 
-    AdamW does not add this term to the loss but shrinks the weights by themselves, so a run's loss has it in spirit
-    only; landscapes of the field do show it.
+    AdamW does not add this term to the loss but shrinks the weights by themselves, so the loss of such a run has it in
+    spirit only; landscapes of the field do show it. That of a run of sgd has it.
 
     Args:
         parameters: By name; as in the training, vectors and biases do not decay.

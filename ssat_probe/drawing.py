@@ -338,6 +338,7 @@ def _label(rows: DataFrame, method: str) -> str:
     first = rows.iloc[0]
     readable = METHOD_LABELS.get(method, method)
     if rows["checkpoint"].nunique() > 1:
-        return ", ".join(part for part in (readable, first["model"], first["data"], f"epoch {first['epoch']}") if part)
+        epoch = first["epoch"] and f"epoch {first['epoch']}"
+        return ", ".join(part for part in (readable, first["model"], first["data"], epoch) if part)
     name = str(first["checkpoint"])
     return name if not method or method in name or readable in name else f"{name} ({readable})"

@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import pytest
+import torch
 
 from ssat_probe.recipe import Recipe
-from ssat_probe.schedule import learning_rate
+from ssat_probe.schedule import edge_of_stability, learning_rate
 
 PEAK, END, EPOCHS, PER_EPOCH = 2e-3, 1e-6, 100, 97
 OFFICIAL = Recipe(base_lr=1e-3, batch_size=512, epochs=EPOCHS, warmup_epochs=5, min_lr=END)
@@ -61,3 +63,52 @@ def test_the_rate_rises_to_the_peak_and_falls_from_it() -> None:
     assert top == 5 * PER_EPOCH
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+GENTLE: dict[str, Any] = {
+    "optimiser": "sgd",
+    "augmentation": "none",
+    "label_smoothing": 0.0,
+    "weight_decay": 0.0,
+    "method": "scratch",
+}
+GENTLE |= {"base_lr": 0.02, "lr_rule": "none", "warmup_epochs": 2, "epochs": 12, "min_lr": 1e-3}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_descent_on_a_quadratic_grows_beyond_the_edge_and_shrinks_below_it(momentum: float, schedule: Any) -> None:
+    recipe = Recipe(**GENTLE | {"momentum": momentum, "schedule": schedule})
+    epoch = 7.0
+    edge, rate = edge_of_stability(recipe, "train", epoch), learning_rate(recipe, epoch, 12)
+    assert edge == pytest.approx(2 * (1 + momentum) / rate)
+    for share, grows in ((0.99, False), (1.01, True)):
+        weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        optimiser = torch.optim.SGD([weight], lr=rate, momentum=momentum)
+        for _ in range(3000):
+            weight.grad = share * edge * weight.detach()
+            optimiser.step()
+        assert (abs(float(weight.detach())) > 1) is grows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimiser": "adamw"}, {"clip_grad": 1.0}, {"layer_decay": 0.9}, {"label_smoothing": 0.1}, {"mixup": 0.8},
+        {"cutmix": 1.0}, {"drop_path": 0.1}, {"augmentation": "crop"}, {"weight_decay": 0.05}, {"method": "ssat"},
+    ],
+)  # fmt: skip
+def test_no_edge_where_steps_or_loss_are_others(change: dict[str, Any]) -> None:
+    assert edge_of_stability(Recipe(**GENTLE), "train", 7) == pytest.approx(2 / learning_rate(Recipe(**GENTLE), 7, 12))
+    assert edge_of_stability(Recipe(**GENTLE | change), "train", 7) is None
+
+
+def test_the_edge_is_of_the_loss_that_is_minimised() -> None:
+    crop, decay = Recipe(**GENTLE | {"augmentation": "crop"}), Recipe(**GENTLE | {"weight_decay": 0.05})
+    assert edge_of_stability(crop, "train", 7, is_augmented=True) is not None
+    assert edge_of_stability(decay, "train", 7, has_l2=True) is not None
+    tuned = Recipe(**GENTLE | {"method": "ssl_ft"})
+    assert edge_of_stability(tuned, "finetune", 7) is not None
+    assert edge_of_stability(tuned, "pretrain", 7) is None
+    assert edge_of_stability(Recipe(**GENTLE), "train-ema", 12) is None
+    assert edge_of_stability(Recipe(**GENTLE), "train", 0) is None  # the warm-up begins with no step at all

@@ -138,7 +138,7 @@ class Probe:
         if self.compare:
             rows = compared(self.compare, operator, certificate, evaluation, settings)
         else:
-            rows = rows_of(self.method, operator, certificate, evaluation, settings)
+            rows = rows_of(self.method, operator, certificate, evaluation, settings) + self._edge(subject)
         names = [column.name for column in Probe.columns]
         defaults = {"probe": -1, "index": 0, "unit": ""}
         table = pd.DataFrame([defaults | row for row in rows], columns=names)
@@ -224,6 +224,19 @@ class Probe:
                 "matrix, method or selection; leave --method, --matrix, --compare and --params out."
             )
 
+    def _edge(self, subject: "Subject") -> list[dict[str, Any]]:
+        """Curvature that the training's steps bear, where there is such a bound of this matrix."""
+        from ssat_probe.recipe import Recipe
+        from ssat_probe.schedule import edge_of_stability
+
+        checkpoint = subject.checkpoint
+        recipe, epoch = checkpoint.recipe, checkpoint.epoch
+        is_whole = self.matrix == "hessian" and self.loss == "cross_entropy" and not self.params
+        if not (is_whole and isinstance(recipe, Recipe) and isinstance(epoch, int)):
+            return []
+        edge = edge_of_stability(recipe, checkpoint.stage, epoch, is_augmented=self.augmented, has_l2=self.l2)
+        return [] if edge is None else [{"quantity": "edge_of_stability", "value": edge, "unit": "loss"}]
+
     def _mode(self, operator: "HessianOperator", space: "Room", folder: Path | None) -> "Mode":
         """The fastest way to products; that of the interrupted run where there is one."""
         from ssat_probe.measures.mode import Mode, fastest
@@ -260,10 +273,14 @@ class Probe:
             table: What `measure` gave for one or more checkpoints, with the identity columns.
 
         Returns:
-            Six panels; methods with several seeds as mean and 95 % interval over seeds.
+            Six panels; methods with several seeds as mean and 95 % interval over seeds. With several epochs of a run:
+            both ends and negative energy over the epochs.
         """
-        from ssat_probe import curvature_drawing, spectrum_drawing
+        from ssat_probe import curvature_drawing, spectrum_drawing, trajectory_drawing
         from ssat_probe.measures.spectrum import methods_in
+
+        if trajectory_drawing.is_trajectory(table):
+            return trajectory_drawing.draw(table)
 
         if methods_in(table) or not (table["quantity"].isin(["alpha", "eigenvalue"])).any():
             return curvature_drawing.draw(table)

@@ -5,6 +5,8 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +28,9 @@ from ssat_probe.measures.lanczos import LanczosRun, lanczos, ritz
 from ssat_probe.measures.quadrature import Estimate, spectrum_mass
 from ssat_probe.measures.spectrum import WIDEST, runs_of
 from ssat_probe.probes import hessian
+from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
+from ssat_probe.training import train
 
 STEPS = 60
 
@@ -46,6 +50,7 @@ class Subject:
     labels: Tensor
     batch_size: int = 37
     terms: list[str] = field(default_factory=list)
+    checkpoint: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(recipe=None, stage="", epoch=""))
 
     def batches(self) -> Iterator[Batch]:
         for pair in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
@@ -392,3 +397,19 @@ class TestFigure:
         np.testing.assert_allclose(back.alphas, table[table["quantity"] == "alpha"]["value"], rtol=1e-14)
         np.testing.assert_allclose(back.betas, table[table["quantity"] == "beta"]["value"], rtol=1e-14)
         assert back.breaks == ()
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_the_edge_of_stability_stands_beside_the_spectra_of_a_descent_alone(tmp_path: Path, optimiser: Any) -> None:
+    plain: dict[str, Any] = {"augmentation": "none", "weight_decay": 0.0, "label_smoothing": 0.0, "warmup_epochs": 0.0}
+    plain |= {"base_lr": 0.04, "lr_rule": "none", "min_lr": 0.01, "subset": 20, "batch_size": 20, "epochs": 3}
+    run = train(Recipe(method="scratch", optimiser=optimiser, **plain), tmp_path, device="cpu", snapshots=True)
+    paths, look = sorted((run.path.parent / "snapshots").iterdir()), Sample(num_images=10, device="cpu")
+    table, _ = runner.measure_all(hessian.Probe(steps=3), paths, look)
+    edges = table[table["quantity"] == "edge_of_stability"]
+    rates = [0.01 + 0.03 * (1 + np.cos(np.pi * epoch / 3)) / 2 for epoch in range(4)]
+    assert edges["value"].tolist() == (pytest.approx([2 / rate for rate in rates]) if optimiser == "sgd" else [])
+    assert edges["epoch"].tolist() == ([0, 1, 2, 3] if optimiser == "sgd" else [])
+    assert [ax.get_xlabel() for ax in hessian.Probe().draw(table).axes] == ["epochs"] * 3
+    part, _ = runner.measure_all(hessian.Probe(steps=3, params=("head.*",)), paths[:1], look)
+    assert "edge_of_stability" not in set(part["quantity"])
