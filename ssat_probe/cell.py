@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ssat_probe import probe, training
+from ssat_probe import probe, reuse, training
 from ssat_probe.probe import Probe
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import snapshot_epochs, snapshot_path
@@ -112,9 +113,10 @@ class Cell:
         total = steps + PROBE_STEPS * len(looks)
         for done, (one, path, table_path) in enumerate(looks):
             told(steps + PROBE_STEPS * done, total, f"{self.recipe.name}: {one.name} of {path.stem}")
-            if not probe.is_up_to_date(one.probe, [path], one.sample, table_path.parent, one.name):
+            where: Any = [path], one.sample, table_path.parent, one.name
+            if not reuse.is_up_to_date(one.probe, *where):
                 is_new = True
-                table, record = probe.measure_all(one.probe, [path], one.sample)
+                table, record = reuse.redrawn(one.probe, *where) or probe.measure_all(one.probe, [path], one.sample)
                 write_table(table, table_path, record)
         told(total, total, f"{self.recipe.name}: done")
         return is_new

@@ -233,7 +233,7 @@ def _probe_command(name: str) -> Callable[..., None]:
         from ssat_probe import probe as runner
 
         out = out or Path("figures") / runner.folder_name(ckpt)
-        if line := runner.estimate(probe, ckpt, sample, source):
+        if line := runner.estimate(probe, ckpt, sample, source, out):
             _say(line)
         with _progress() as progress:
             table = runner.run(probe, ckpt, sample, out, progress, source)

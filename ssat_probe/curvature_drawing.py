@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
+from ssat_probe.measures.redrawing import bandwidth_of
 from ssat_probe.measures.spectrum import entry_of, measure_of, methods_in, rows_by, smoothed
 
 _LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe & Ito (2008); the reference is a grey area
@@ -19,7 +20,6 @@ _LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe & Ito (2008); the refe
 _LABELS = {"exact": "exact", "lanczos": "Lanczos", "lissa": "LiSSA", "pyhessian": "PyHessian"}
 _NUM_COLUMNS = 3
 _LEAST = 0.1  # eigenvalues per bin at the foot of the spectra
-_NARROW = 0.1  # standard deviation of the smoothing on the asinh axis, half the width of a bin; for every method
 
 
 def draw(table: DataFrame) -> Figure:
@@ -79,6 +79,7 @@ def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) 
     first, last = float(np.arcsinh(low / bulk)), float(np.arcsinh(high / bulk))
     places = np.linspace(first, last, 501)
     grid, highest = bulk * np.sinh(places), 1.0
+    width = 2 * bandwidth_of(table)  # of a bin on the asinh axis
     for method in [method for method in _LOOKS if method in methods_in(table)]:
         rows, look = rows_by(table, method), _LOOKS[method]
         if method == "pyhessian":
@@ -87,12 +88,12 @@ def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) 
             ax.plot(inside, [1] * len(inside), **{**look, "linestyle": ""}, label="PyHessian")
         elif method == "exact":
             values, _ = measure_of(rows)
-            edges = np.linspace(first, last, 2 + int((last - first) / (2 * _NARROW)))
+            edges = np.linspace(first, last, 2 + int((last - first) / width))
             numbers, _ = np.histogram(np.arcsinh(values / bulk), bins=edges)
             highest = max(highest, numbers.max())
             ax.stairs(numbers, bulk * np.sinh(edges), baseline=_LEAST, fill=True, color="#bbbbbb", label="exact")
         else:
-            curve = 2 * _NARROW * np.hypot(grid, bulk) * smoothed(rows, grid, bulk, _NARROW)
+            curve = width * np.hypot(grid, bulk) * smoothed(rows, grid, bulk, width / 2)
             highest = max(highest, curve.max())
             ax.plot(grid, curve, color=look["color"], linestyle=look["linestyle"], label=_LABELS[method])
     ax.set_yscale("log")

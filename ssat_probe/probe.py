@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import platform
 import shutil
 import time
@@ -11,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ssat_probe import registry
+from ssat_probe import registry, reuse
+from ssat_probe.reuse import asked, name_of, plain
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
 from ssat_probe.table import Column, check_writable, read_table, rows_of, write_atomically, write_table
@@ -46,14 +46,16 @@ Progress = Callable[[int, int, str], None]
 class Probe(Protocol):
     """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
 
-    Five things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    Six things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
     another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
     compare checkpoints. A property ``num_steps`` says how many steps ``measure(subject, on_step=...)`` tells of, where
     one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
     network of each architecture and seed as if it were one more checkpoint. A property ``policy`` says in a few words
     of what the measures are taken, such as ``queries patch, keys all``. A method ``estimate(subject) -> str`` says what
     measuring one checkpoint costs. A class variable ``resumes = True`` says that ``measure`` takes
-    a folder ``unfinished`` for what lets it go on after an interruption; `run` removes it in the end.
+    a folder ``unfinished`` for what lets it go on after an interruption; `run` removes it in the end. A class variable
+    ``redrawn`` names options that change nothing of what is measured: where a table stands that differs in these alone,
+    `run` gives it to a method ``redraw(table) -> table`` instead of measuring.
     """
 
     split: ClassVar[str]
@@ -162,11 +164,13 @@ def measure_all(
     progress(len(paths), len(paths), "")
     record = record_of(probe, sample, subjects.seen, subjects.device, time.monotonic() - started, source)
     if any(measured.values()):
-        record["measured"] = _plain(measured)
+        record["measured"] = plain(measured)
     return pd.concat(tables, ignore_index=True), record
 
 
-def estimate(probe: Probe, paths: Sequence[Path], sample: Sample, source: Source = Source()) -> str:
+def estimate(
+    probe: Probe, paths: Sequence[Path], sample: Sample, source: Source = Source(), out: Path | None = None
+) -> str:
     """What a measurement will cost, before it begins.
 
     Args:
@@ -174,16 +178,19 @@ def estimate(probe: Probe, paths: Sequence[Path], sample: Sample, source: Source
         paths: Checkpoints; the first one is tried.
         sample: Which images.
         source: What is said about foreign weights.
+        out: The folder of the results, if what stands there is to be used.
 
     Returns:
         A line; empty for a probe that does not say.
     """
     if not hasattr(probe, "estimate"):
         return ""
+    if out is not None and reuse.redrawn(probe, paths, sample, out, source=source):
+        return f"{name_of(probe)}: drawn again from {out / name_of(probe)}.csv, nothing is measured"
     from ssat_probe.subject import Subject
 
     text: str = probe.estimate(Subject.of(paths[0], sample, probe.split, source))
-    return text and f"{_name_of(probe)}: {text}, {len(paths)} of them"
+    return text and f"{name_of(probe)}: {text}, {len(paths)} of them"
 
 
 def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress, unfinished: Path | None) -> "DataFrame":
@@ -216,22 +223,12 @@ def record_of(
     import torch
 
     return {
-        **_asked(probe, sample, source),
+        **asked(probe, sample, source),
         "checkpoints": seen,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
         "device": device,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 3),
-    }
-
-
-def _asked(probe: Any, sample: Sample, source: Source = Source()) -> dict[str, Any]:
-    """All that the user chose."""
-    return {
-        "probe": _name_of(probe),
-        "options": _plain(dataclasses.asdict(probe)),
-        "sample": _plain(dataclasses.asdict(sample)) | {"split": sample.split or probe.split},
-        "source": _plain(dataclasses.asdict(source)),
     }
 
 
@@ -243,7 +240,7 @@ def run(
     progress: Progress = lambda done, total, text: None,
     source: Source = Source(),
 ) -> "DataFrame":
-    """Measure, and write ``<probe>.csv``, ``_rows.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
+    """Measure or redraw, and write ``<probe>.csv``, ``_rows.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
 
     Args:
         probe: With its options.
@@ -257,8 +254,9 @@ def run(
         The table.
     """
     check_writable(out)
-    unfinished = out / f".{_name_of(probe)}-unfinished"
-    table, record = measure_all(probe, paths, sample, progress, source, unfinished)
+    unfinished = out / f".{name_of(probe)}-unfinished"
+    found = reuse.redrawn(probe, paths, sample, out, source=source)
+    table, record = found or measure_all(probe, paths, sample, progress, source, unfinished)
     write_results(probe, table, record, out)
     shutil.rmtree(unfinished, ignore_errors=True)
     return table
@@ -282,41 +280,6 @@ def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out:
         write_atomically(out / f"{name}_rows.csv", rows.to_csv(index=False))
     write_table(table, out / f"{name}.csv", record)
     drawing.save(probe.draw(read_table(out / f"{name}.csv")), out / name)
-
-
-def is_up_to_date(
-    probe: Probe, paths: Sequence[Path], sample: Sample, out: Path, name: str = "", source: Source = Source()
-) -> bool:
-    """Whether a folder holds this probe's complete table for these very weights, images, options and version.
-
-    Args:
-        probe: With its options.
-        paths: Checkpoints.
-        sample: Which images.
-        out: The folder.
-        name: Of the files; empty means the probe's.
-        source: What is said about foreign weights.
-
-    Returns:
-        True if measuring again would give what is there.
-    """
-    from ssat_probe.subject import Subject
-
-    path = out / f"{name or _name_of(probe)}.json"
-    if not path.is_file() or not path.with_suffix(".csv").is_file():
-        return False
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    found = {"source": _plain(dataclasses.asdict(Source()))} | record  # earlier versions did not record it
-    if any(found.get(key) != value for key, value in _asked(probe, sample, source).items()):
-        return False
-    if record.get("versions", {}).get("ssat-probe") != version("ssat-probe"):
-        return False
-    there = [(entry["hash"], entry["images"]) for entry in record["checkpoints"] if entry["path"]]
-    subjects = (Subject.of(path, sample, probe.split, source) for path in paths)
-    return there == [(subject.checkpoint.hash, subject.fingerprint) for subject in subjects]
 
 
 class _Subjects:
@@ -378,7 +341,7 @@ def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:
         "num_images": subject.num_images,
     }
     report = getattr(subject.checkpoint, "report", None)  # of foreign weights
-    return seen if report is None else seen | {"loading": _plain(dataclasses.asdict(report))}
+    return seen if report is None else seen | {"loading": plain(dataclasses.asdict(report))}
 
 
 def _twin_label(subject: "Subject") -> str:
@@ -392,16 +355,6 @@ def _with_identity(table: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
     for place, (name, value) in enumerate(identity.items()):
         table.insert(place, name, value)
     return table
-
-
-def _name_of(probe: Any) -> str:
-    return type(probe).__module__.rpartition(".")[2]
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON gives them back."""
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    return plain
 
 
 def folder_name(paths: Sequence[Path]) -> str:

@@ -9,7 +9,8 @@ from matplotlib.ticker import NullLocator
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.measures.spectrum import TAUS, bounds_below, entry_of, methods_in, rows_by, smoothed
+from ssat_probe.measures.redrawing import bandwidth_of
+from ssat_probe.measures.spectrum import bounds_below, entry_of, methods_in, rows_by, smoothed
 
 _NOTE = "thin lines, pale points: seeds; thick lines: mean; bars: 95 % t interval; shading: mean of the bounds"
 _LONE_NOTE = "bars: two standard errors from the choice of images; shading: certain bounds"
@@ -79,7 +80,7 @@ def _summary(one: DataFrame) -> dict[str, str]:
         row[quantity] += _data_error(one, quantity)
     row["lambda_ratio"] = _cell(one, "lambda_ratio")
     row["negative_energy"] = _cell(one, "negative_energy") + _data_error(one, "negative_energy")
-    for tau in TAUS:
+    for tau in one.loc[one["quantity"] == "mass_below", "tau"].sort_values():
         row[f"below -{tau:g} λmax"] = _cell(one, "mass_below", tau=tau)
     row["near_zero_mass"] = _cell(one, "near_zero_mass")
     row["negative_fraction"] = _cell(one, "negative_fraction")
@@ -124,7 +125,7 @@ def _draw_density(whole: Axes, negative: Axes, table: DataFrame) -> None:
         for one in drawing.series(table):
             look: Any = {"color": one.look.colour, "linestyle": one.look.linestyle}
             spectra = one.table.groupby("checkpoint", sort=False)
-            curves = np.array([smoothed(rows, grid, bulk) for _, rows in spectra])
+            curves = np.array([smoothed(rows, grid, bulk, bandwidth_of(rows)) for _, rows in spectra])
             highest = max(highest, curves.max())
             if len(curves) > 1:
                 ax.plot(grid, curves.T, linewidth=0.5, alpha=0.5, **look)

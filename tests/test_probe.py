@@ -1,6 +1,5 @@
 """The runner: identity columns, records, files, and when a result is up to date."""
 
-import dataclasses
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -8,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from PIL import Image
 
 from ssat_probe import drawing, probe, registry
-from ssat_probe.checkpoint import load_checkpoint, save_checkpoint
+from ssat_probe.checkpoint import load_checkpoint
 from ssat_probe.sample import Sample
-from ssat_probe.source import Source
 from ssat_probe.table import read_table
 
 Paths = dict[str, Path]
@@ -121,71 +117,6 @@ def test_a_run_writes_table_record_and_figure(checkpoints: Paths, tmp_path: Path
     pd.testing.assert_frame_equal(read_table(tmp_path / "out" / "accuracy.csv"), table, check_exact=True)
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "accuracy.pdf").read_bytes().startswith(b"%PDF")
-
-
-def test_a_result_is_up_to_date_until_anything_about_it_changes(checkpoints: Paths, tmp_path: Path) -> None:
-    one, path, out = probe.make("attention"), tmp_path / "a.pt", tmp_path / "out"
-    path.write_bytes(checkpoints["ssat"].read_bytes())
-    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
-    probe.run(one, [path], SAMPLE, out)
-    assert probe.is_up_to_date(one, [path], SAMPLE, out)
-    assert not probe.is_up_to_date(probe.make("attention", queries="cls"), [path], SAMPLE, out)
-    assert not probe.is_up_to_date(one, [path], Sample(num_images=14, batch_size=5, device="cpu"), out)
-    assert not probe.is_up_to_date(one, [path, checkpoints["ssl_ft"]], SAMPLE, out)
-    checkpoint = load_checkpoint(path)
-    changed = checkpoint.state | {"head.bias": checkpoint.state["head.bias"] + 1}
-    save_checkpoint(dataclasses.replace(checkpoint, state=changed))
-    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
-    path.write_bytes(checkpoints["ssat"].read_bytes())
-    assert probe.is_up_to_date(one, [path], SAMPLE, out)
-    record = out / "attention.json"
-    whole = record.read_text()
-    record.write_text(whole[:-20])
-    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
-    record.write_text(json.dumps(json.loads(whole) | {"versions": {"ssat-probe": "0.0.0"}}))
-    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
-    record.write_text(whole)
-    (out / "attention.csv").unlink()
-    assert not probe.is_up_to_date(one, [path], SAMPLE, out)
-
-
-def test_a_result_of_other_images_at_the_same_place_is_not_up_to_date(checkpoints: Paths, tmp_path: Path) -> None:
-    one, path, out = probe.make("variance", untrained_twin=False), checkpoints["ssat"], tmp_path / "out"
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
-    array, folder = tmp_path / "a.npz", tmp_path / "pictures"
-    np.savez(array, pixels)
-    folder.mkdir()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{number}.png")
-    samples = [Sample(data="unlabelled", data_dir=place, device="cpu") for place in (array, folder)]
-    for sample, other in zip(samples, samples[::-1], strict=True):
-        probe.run(one, [path], sample, out)
-        assert probe.is_up_to_date(one, [path], sample, out)
-        assert not probe.is_up_to_date(one, [path], other, out)
-        if sample.data_dir == array:
-            np.savez(array, 255 - pixels)
-        else:
-            Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "3.png")
-        assert not probe.is_up_to_date(one, [path], sample, out)
-
-
-def test_a_result_of_weights_read_in_another_way_is_not_up_to_date(tmp_path: Path) -> None:
-    """Heads, normalisation and the entry of a file leave no trace in its weights."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=2)
-    torch.save(model.state_dict(), tmp_path / "a.pth")
-    one, paths, out = probe.make("variance", untrained_twin=False), [tmp_path / "a.pth"], tmp_path / "out"
-    sample = Sample(data="digits", num_images=4, device="cpu")
-    source = Source(heads=3)
-    probe.run(one, paths, sample, out, source=source)
-    assert probe.is_up_to_date(one, paths, sample, out, source=source)
-    for other in (Source(heads=2), Source(), Source(heads=3, mean=(0.5,) * 3, std=(0.5,) * 3)):
-        assert not probe.is_up_to_date(one, paths, sample, out, source=other)
-    record = json.loads((out / "variance.json").read_text())
-    del record["source"]  # of an earlier version, which reused results of our own checkpoints alone
-    (out / "variance.json").write_text(json.dumps(record))
-    assert not probe.is_up_to_date(one, paths, sample, out, source=source)
 
 
 def test_a_figure_can_be_drawn_from_a_table_read_back(checkpoints: Paths, tmp_path: Path) -> None:

@@ -261,10 +261,6 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
         return {"quantity": quantity, "index": index, "value": value, "unit": "loss"} | sure
 
     top, bottom, absolute = values[-1], values[0], float(weights @ np.abs(values))
-    scale = top if top > 0 else float(np.abs(values).max())
-    shares = [("mass_below", tau, values < -tau * scale) for tau in spectrum.TAUS]
-    shares.append(("near_zero_mass", spectrum.TAUS[0], np.abs(values) <= spectrum.TAUS[0] * scale))
-    shares.append(("negative_fraction", 0.0, values < 0))
     return [
         end("lambda_max", -1, 0),
         end("lambda_min", 0, 0),
@@ -272,7 +268,8 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
         *(end("top_eigenvalue", -rank, rank) for rank in range(1, num + 1)),
         *(end("bottom_eigenvalue", rank - 1, rank) for rank in range(1, num + 1)),
         {"quantity": "negative_energy", "value": float(weights @ np.maximum(-values, 0)) / absolute},
-        *({"quantity": name, "tau": tau, "value": float(weights @ inside)} for name, tau, inside in shares),
+        *spectrum.node_shares(values, weights),
+        {"quantity": "negative_fraction", "tau": 0.0, "value": float(weights @ (values < 0))},
         {"quantity": "trace", "value": operator.size * float(weights @ values), "unit": "loss"},
         {"quantity": "damping", "value": calibration.damping, "unit": "loss"},
         {"quantity": "scale", "value": calibration.scale, "unit": "loss"},

@@ -18,6 +18,7 @@ TAUS = (1e-3, 1e-2)  # thresholds as shares of the largest eigenvalue; CURVATURE
 NUM_ENDS = 10  # eigenvalues listed at either end
 GUARD = 100, 3  # distance kept from thresholds, in roundings of the largest eigenvalue and in noise floors; no source
 NUM_LISTED = 5  # outermost eigenvalues by which an approximation is judged: what PyHessian is usually asked for
+BANDWIDTH = 0.1  # least standard deviation of smoothed densities on the asinh axis; tuned, no source
 WIDEST = 0.1  # a share of eigenvalues that is known no better than this is not given as a number; ours, no source
 
 
@@ -47,15 +48,15 @@ def ends(krylovs: Sequence[Krylov]) -> list[dict[str, Any]]:
     ]
 
 
-def negative_part(krylovs: Sequence[Krylov], guard: float) -> list[dict[str, Any]]:
+def negative_part(krylovs: Sequence[Krylov], guard: float, taus: Sequence[float] = TAUS) -> list[dict[str, Any]]:
     """From the most to the least certain: energy, shares beyond thresholds, share near zero, share below zero."""
     largest = max(float(ritz(krylov).values[-1]) for krylov in krylovs)
     scale = largest if largest > 0 else max(krylov.scale for krylov in krylovs)
     rows = [{"quantity": "negative_energy"} | asdict(negative_energy(krylovs))]
-    for tau in TAUS:
+    for tau in taus:
         rows.append({"quantity": "mass_below", "tau": tau} | asdict(mass(krylovs, None, -tau * scale, guard)))
-    near_zero = mass(krylovs, -TAUS[0] * scale, TAUS[0] * scale, guard)
-    rows.append({"quantity": "near_zero_mass", "tau": TAUS[0]} | asdict(near_zero))
+    near_zero = mass(krylovs, -min(taus) * scale, min(taus) * scale, guard)
+    rows.append({"quantity": "near_zero_mass", "tau": min(taus)} | asdict(near_zero))
     below = mass(krylovs, None, 0.0, guard)
     refused = {"value": float("nan")} if below.width > WIDEST else {}
     rows.append({"quantity": "negative_fraction", "tau": 0.0} | asdict(below) | refused)
@@ -127,13 +128,14 @@ def entry_of(table: DataFrame, quantity: str, tau: float | None = None) -> dict[
     return {str(name): value for name, value in rows.iloc[0].items()}
 
 
-def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"]) -> list[dict[str, Any]]:
+def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"], taus: Sequence[float] = TAUS) -> list[dict[str, Any]]:
     """The same quantities from all eigenvalues: every bracket is a point, but that of the share below zero.
 
     An eigenvalue within rounding of zero has no sign: `low` counts those surely negative, `high` the doubtful too.
 
     Args:
         eigenvalues: Of the whole matrix, ascending.
+        taus: Thresholds as shares of the largest eigenvalue.
 
     Returns:
         Rows in the order of the approximate ones, then one row per eigenvalue, the smallest first.
@@ -159,12 +161,22 @@ def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"]) -> list[dict[str
         *(known("top_eigenvalue", value, i + 1) for i, value in enumerate(eigenvalues[::-1][:num])),
         *(known("bottom_eigenvalue", value, i + 1) for i, value in enumerate(eigenvalues[:num])),
         known("negative_energy", energy, unit="", residual=np.nan, converged=np.nan),
-        *(share("mass_below", tau, eigenvalues < -tau * scale) for tau in TAUS),
-        share("near_zero_mass", TAUS[0], np.abs(eigenvalues) <= TAUS[0] * scale),
+        *(share("mass_below", tau, eigenvalues < -tau * scale) for tau in taus),
+        share("near_zero_mass", min(taus), np.abs(eigenvalues) <= min(taus) * scale),
         share("negative_fraction", 0.0, eigenvalues < -rounding) | {"high": float(np.mean(eigenvalues < rounding))},
         known("trace", float(eigenvalues.sum())),
         *(known("eigenvalue", value, i + 1) for i, value in enumerate(eigenvalues)),
     ]
+
+
+def node_shares(
+    values: Float64[np.ndarray, " node"], weights: Float64[np.ndarray, " node"], taus: Sequence[float] = TAUS
+) -> list[dict[str, Any]]:
+    """Shares beyond thresholds by the weights of a quadrature alone, without a bracket."""
+    scale = float(values.max()) if values.max() > 0 else float(np.abs(values).max())
+    inside = [("mass_below", tau, values < -tau * scale) for tau in taus]
+    inside.append(("near_zero_mass", min(taus), np.abs(values) <= min(taus) * scale))
+    return [{"quantity": name, "tau": tau, "value": float(weights @ places)} for name, tau, places in inside]
 
 
 def measure_of(table: DataFrame) -> tuple[Float64[np.ndarray, " node"], Float64[np.ndarray, " node"]]:
@@ -193,7 +205,7 @@ def measure_of(table: DataFrame) -> tuple[Float64[np.ndarray, " node"], Float64[
 
 
 def smoothed(
-    table: DataFrame, grid: Float64[np.ndarray, " point"], bulk: float, narrowest: float = 0.1
+    table: DataFrame, grid: Float64[np.ndarray, " point"], bulk: float, narrowest: float = BANDWIDTH
 ) -> Float64[np.ndarray, " point"]:
     """Eigenvalues per unit of eigenvalue, on the axis of `counts`, whatever the algorithm.
 
@@ -266,16 +278,33 @@ def errors(one: DataFrame, exact: DataFrame) -> list[dict[str, Any]]:
         (the worst of those given), plain for shares and energy.
     """
     rows: list[dict[str, Any]] = []
-    for quantity in ("lambda_max", "lambda_min", "trace", "negative_energy", "mass_below", "near_zero_mass"):
-        for tau in (*TAUS, np.nan) if quantity in ("mass_below", "near_zero_mass") else (np.nan,):
-            found, true = (_value_of(table, quantity, tau=tau) for table in (one, exact))
-            relative = quantity in ("lambda_max", "lambda_min", "trace")
-            rows.append({"quantity": f"{quantity}_error", "tau": tau, "value": _error(found, true, relative)})
+    for quantity in ("lambda_max", "lambda_min", "trace", "negative_energy"):
+        found, true = (_value_of(table, quantity) for table in (one, exact))
+        rows.append({"quantity": f"{quantity}_error", "value": _error(found, true, quantity != "negative_energy")})
     for quantity in ("top_eigenvalue", "bottom_eigenvalue"):
         ranks = range(1, NUM_LISTED + 1)
         pairs = [(_value_of(one, quantity, index=rank), _value_of(exact, quantity, index=rank)) for rank in ranks]
         defined = [error for error in (_error(found, true, True) for found, true in pairs) if not np.isnan(error)]
         rows.append({"quantity": f"{quantity}_error", "value": max(defined, default=float("nan"))})
+    return [*(row for row in rows if not np.isnan(row["value"])), *share_errors(one, exact)]
+
+
+def share_errors(one: DataFrame, exact: DataFrame, taus: Sequence[float] = TAUS) -> list[dict[str, Any]]:
+    """The same for the shares beyond thresholds.
+
+    Args:
+        one: As in `errors`.
+        exact: As in `errors`.
+        taus: The thresholds that both have.
+
+    Returns:
+        Rows ``<quantity>_error``.
+    """
+    pairs = [("mass_below", tau) for tau in taus] + [("near_zero_mass", min(taus))]
+    rows: list[dict[str, Any]] = []
+    for quantity, tau in pairs:
+        found, true = (_value_of(table, quantity, tau=tau) for table in (one, exact))
+        rows.append({"quantity": f"{quantity}_error", "tau": tau, "value": _error(found, true, False)})
     return [row for row in rows if not np.isnan(row["value"])]
 
 

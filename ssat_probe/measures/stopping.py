@@ -6,10 +6,11 @@ from typing import Any
 
 from ssat_probe.measures.lanczos import Krylov, ritz
 from ssat_probe.measures.quadrature import mass
-from ssat_probe.measures.spectrum import TAUS, distance_kept
+from ssat_probe.measures.spectrum import distance_kept
 from ssat_probe.registry import known
 
 RULES = ("bracket", "residual")
+TAU = 1e-3  # threshold whose bracket is looked at, as a share of the largest eigenvalue; CURVATURE notes 8.3 (c)
 EARLIEST = 10  # steps before which no rule is asked: outliers are not found before some log(size) steps; no source
 
 
@@ -61,7 +62,7 @@ def measured(rule: str, krylov: Krylov, noise: float) -> float:
         ends = [float(found.residuals[end] / abs(found.values[end])) if found.values[end] else 0.0 for end in (0, -1)]
         return max(ends)
     scale = float(found.values[-1]) if found.values[-1] > 0 else krylov.scale
-    return mass([krylov], None, -TAUS[0] * scale, distance_kept([krylov], noise)).width
+    return mass([krylov], None, -TAU * scale, distance_kept([krylov], noise)).width
 
 
 def is_reached(rules: Sequence[Until], krylov: Krylov, noise: float) -> bool:

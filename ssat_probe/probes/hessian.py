@@ -61,9 +61,14 @@ class Probe:
     "Look at images changed as in training, each always in the same way."
     l2: bool = False
     "Add the weight decay of the training to the loss, as half of it times the squared length of what decays."
+    tau: tuple[float, ...] = (1e-3, 1e-2)
+    "Shares below -τ λmax are given for these τ, and the share near zero for the least; others need no new product."
+    bandwidth: float = 0.1
+    "Least width of smoothed densities, as a share of an eigenvalue far out; another needs no new product."
 
     split: ClassVar[str] = "train"
     resumes: ClassVar[bool] = True
+    redrawn: ClassVar[tuple[str, ...]] = ("tau", "bandwidth")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("quantity", "", "what the row holds"),
         Column("probe", "", "start vector, from 0; -1 for what all of them give together"),
@@ -109,6 +114,7 @@ class Probe:
 
         from ssat_probe.measures.certificate import certify
         from ssat_probe.measures.methods import Settings, compared, rows_of
+        from ssat_probe.measures.redrawing import redrawn
         from ssat_probe.measures.stopping import until
 
         subject, everything, space, plain, operator = self._prepared(subject)
@@ -142,7 +148,7 @@ class Probe:
         names = [column.name for column in Probe.columns]
         defaults = {"probe": -1, "index": 0, "unit": ""}
         table = pd.DataFrame([defaults | row for row in rows], columns=names)
-        table = table.astype({name: float for name in names[3:-1]})
+        table = redrawn(table.astype({name: float for name in names[3:-1]}), self.tau, self.bandwidth)
         table.attrs = {"mode": asdict(mode), "memory": asdict(space)}  # measured seconds: for the record
         return table
 
@@ -165,6 +171,29 @@ class Probe:
             f"exact spectrum of {found.num_parameters:,} parameters, {found.num_bytes / 2**30:.2g} GiB of matrices: "
             f"about {found.row_seconds:.2g} s for rows and {found.solver_seconds:.2g} s for eigenvalues per checkpoint"
         )
+
+    def redraw(self, table: "DataFrame") -> "DataFrame":
+        """The table for this τ and bandwidth, from the coefficients in it.
+
+        Args:
+            table: What a run with other ``redrawn`` options wrote, with the identity columns.
+
+        Returns:
+            What `measure` would give with these options, with the identity columns.
+        """
+        import pandas as pd
+
+        from ssat_probe.measures.redrawing import redrawn
+
+        self._check()
+        names = [column.name for column in self.columns]
+        table = table.fillna({"unit": ""})
+        parts = []
+        for _, one in table.groupby("checkpoint", sort=False):
+            identity = one.drop(columns=names).iloc[0]
+            fresh = redrawn(one[names].reset_index(drop=True), self.tau, self.bandwidth)
+            parts.append(fresh.assign(**identity)[list(table.columns)])
+        return pd.concat(parts, ignore_index=True)
 
     def _prepared(
         self, subject: "Subject"
@@ -209,6 +238,9 @@ class Probe:
         for name, unit in (("memory", "GiB"), ("most_seconds", "s")):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0 {unit}, got {getattr(self, name)}. Take the default.")
+        for name, values in (("tau", self.tau or (0.0,)), ("bandwidth", (self.bandwidth,))):
+            if not all(0 < value < 1 for value in values):
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}. Take the default.")
         if self.matrix == "gauss_newton" and self.l2:
             raise ValueError("The L2 term goes with the matrix hessian only, got 'gauss_newton'. Leave --l2 out.")
         if self.matrix == "gauss_newton" and self.loss != "cross_entropy":
@@ -257,7 +289,8 @@ class Probe:
         from importlib.metadata import version
 
         seen = [subject.checkpoint.hash, subject.fingerprint, asdict(subject.sample), str(subject.device), plan]
-        return json.dumps([asdict(self), seen, version("ssat-probe"), version("torch")], default=str)
+        options = {name: value for name, value in asdict(self).items() if name not in self.redrawn}
+        return json.dumps([options, seen, version("ssat-probe"), version("torch")], default=str)
 
     @staticmethod
     def _keep(folder: Path, subject: "Subject", loss: str, krylov: "Krylov") -> None:
