@@ -7,40 +7,33 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy import ndarray
 from pandas import DataFrame
 
 from ssat_probe import drawing
 
 LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
-MOST_RECONSTRUCTIONS = 4  # more panels of a second term would hide the first
+MOST_OTHERS = 4  # more panels of other terms would hide the first
 DECADES = 30.0  # values that span more than this factor are drawn on a logarithmic axis
 
-_LINES = (
-    ("random", "cross_entropy"),
-    ("random", "reconstruction"),
-    ("random", "l2"),
-    ("top", "cross_entropy"),
-    ("top2", "cross_entropy"),
-    ("bottom", "cross_entropy"),
-    ("bottom2", "cross_entropy"),
-    ("gradient", "cross_entropy"),
-)
-_SURFACES = ("cross_entropy", "reconstruction")
+_TERMS = ("cross_entropy", "reconstruction")  # beside the loss whose parameters move
 _TITLES = {
     "random": "random directions",
-    "gradient": "gradient",
     "top": "eigenvector of λmax",
     "top2": "eigenvector of second largest λ",
     "bottom": "eigenvector of λmin",
     "bottom2": "eigenvector of second smallest λ",
+    "gradient": "gradient",
 }
 _LABELS = {
     "cross_entropy": "cross-entropy [nat]",
     "reconstruction": "reconstruction [pixel²]",
+    "joint": "joint loss [weighted]",
     "l2": "L2 term [loss]",
+    "accuracy": "accuracy",
 }
 
 
@@ -51,30 +44,26 @@ def draw(table: DataFrame) -> Figure:
         table: Of the landscape probe, for one or more checkpoints, with the identity columns.
 
     Returns:
-        Each surface as labelled contours, those of the first term in three dimensions as well; dashed is where the
-        quadratic of the Hessian reaches the level in the legend.
+        Each surface as labelled contours, those of the loss that was chosen in three dimensions as well; dashed is
+        where the quadratic of the Hessian reaches the level in the legend.
     """
-    lines = [key for key in _LINES if not _line(table, *key).empty]
+    loss = _loss_of(table)
+    terms = list(dict.fromkeys((loss, *_TERMS)))
+    keys = [("random", term) for term in (*terms, "l2")] + [(kind, loss) for kind in _TITLES if kind != "random"]
+    lines = [key for key in keys if not _line(table, *key).empty]
     drawn = drawing.series(table)
-    terms = [term for term in _SURFACES if not _points(table, "surface", term).empty]
-    terms = terms[:1] if len(drawn) > MOST_RECONSTRUCTIONS else terms
-    shown = [(term, one) for term in terms for one in drawn if not _points(one.table, "surface", term).empty]
-    solid = [(term, one) for term, one in shown if term == terms[0]]
-    blocks: list[list[Any]] = [
-        lines,
-        solid,
-        solid,
-        shown[len(solid) :],
-    ]  # each begins a row, so that surfaces stand side by side
+    shown = [loss] if len(drawn) > MOST_OTHERS else [*terms, "accuracy"]
+    surfaces = [[(term, one) for one in drawn if not _points(one.table, "surface", term).empty] for term in shown]
+    blocks: list[list[Any]] = [lines, surfaces[0], *surfaces]  # each begins a row, so that surfaces stand side by side
     starts = [0, *itertools.accumulate(-(-len(block) // 3) * 3 for block in blocks)]
     with drawing.style():
         figure, axes = drawing.panels(starts[-1] // 3, 3, height=2.15 * (starts[-1] // 3))
         for ax, key in zip(axes, lines, strict=False):
             _draw_lines(ax, _line(table, *key), *key)
-        for start, block in ((starts[1], blocks[1]), (starts[3], blocks[3])):
+        for start, block in [(starts[1], blocks[1]), *zip(starts[3:], blocks[3:], strict=False)]:
             for ax, (term, one) in zip(axes[start:], block, strict=False):
                 _draw_contours(ax, one, term, _shared_levels(table, term), _quadratic_level(table, term))
-        for ax, (term, one) in zip(axes[starts[2] :], solid, strict=False):
+        for ax, (term, one) in zip(axes[starts[2] :], blocks[2], strict=False):
             _draw_solid(figure, ax, one, term, _shared_levels(table, term))
         for start, block, end in zip(starts, blocks, starts[1:], strict=False):
             for ax in axes[start + len(block) : end]:
@@ -93,16 +82,22 @@ def _line(table: DataFrame, kind: str, term: str) -> DataFrame:
     return rows[directions.str.startswith(kind) if kind == "random" else directions == kind]
 
 
+def _loss_of(table: DataFrame) -> str:
+    """The term whose parameters moved and whose Hessian was looked at."""
+    return str(table.loc[table["quantity"] == "curvature", "term"].iloc[0])
+
+
 def _note(table: DataFrame) -> str:
     """What bands and dashed curves are."""
     note = "inner bands: directions and seeds, outer: parts of the images too; 1 = as long as the weights"
-    loss = table.loc[table["quantity"] == "curvature", "term"].iloc[0]
-    level = _quadratic_level(table, loss)
+    level = _quadratic_level(table, _loss_of(table))
     return note if level is None else f"{note}; dashed: quadratic of the Hessian at {level:g}"
 
 
 def _quadratic_level(table: DataFrame, term: str) -> float | None:
-    """The contour at which quadratic and surface are compared: the first well above all centres."""
+    """The contour at which quadratic and surface are compared: the first well above all centres; none off a loss."""
+    if term == "accuracy":
+        return None
     highest = _points(table, "centre", term)["value"].max()
     return next((level for level in LEVELS if level > 1.5 * highest), None)
 
@@ -124,8 +119,11 @@ def _draw_lines(ax: Axes, rows: DataFrame, kind: str, term: str) -> None:
 
 
 def _shared_levels(table: DataFrame, term: str) -> list[float]:
-    """Contour levels 1, 2, 5, ... that span all surfaces of a term."""
+    """Contour levels that span all surfaces of a term: 1, 2, 5, ... of a loss, equal steps of the accuracy."""
     values = _points(table, "surface", term)["value"].dropna()
+    if term == "accuracy":
+        ends = values.min(), max(values.max(), values.min() + 0.05)
+        return [float(level) for level in MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(*ends)]
     low, high = max(values.min(), 1e-5), min(values.max(), 1e6)
     inside = [level for level in LEVELS if low <= level <= high]
     below = [level for level in LEVELS if level < low][-1:]
@@ -134,6 +132,11 @@ def _shared_levels(table: DataFrame, term: str) -> list[float]:
     if len(inside) < 3 and high > low:  # a narrow range needs its own levels
         levels = [float(level) for level in np.linspace(low, high, 8)]
     return levels if len(levels) > 1 else [low, low + 1e-5]
+
+
+def _norm_of(term: str, levels: list[float]) -> Normalize:
+    """From levels to colours: logarithmic of a loss."""
+    return (Normalize if term == "accuracy" else LogNorm)(levels[0], levels[-1])
 
 
 def _grid(points: DataFrame) -> tuple[ndarray, ndarray, ndarray]:
@@ -155,7 +158,7 @@ def _draw_contours(ax: Axes, one: drawing.Series, term: str, levels: list[float]
     points = _points(table, "surface", term)
     x, y, z = _grid(points)
     shown = np.ma.masked_invalid(z)
-    ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
+    ax.contourf(x, y, shown, levels, norm=_norm_of(term, levels), cmap="viridis", extend="both")
     lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
     ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
     first, _, second = str(points["direction"].iloc[0]).partition(" ")
@@ -173,7 +176,7 @@ def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, lev
     x, y, z = _grid(points)
     is_log = levels[-1] > DECADES * levels[0]
     height = np.log10 if is_log else np.asarray
-    norm = LogNorm(levels[0], levels[-1])
+    norm = _norm_of(term, levels)
     subplot = place.get_subplotspec()
     place.remove()
     ax: Any = figure.add_subplot(subplot, projection="3d", computed_zorder=False)

@@ -31,7 +31,8 @@ def test_the_figure_shows_lines_terms_apart_and_surfaces_per_method(table: pd.Da
     assert flat[:3] == ["random directions"] * 3
     assert flat[3:6] == ["eigenvector of λmax", "eigenvector of λmin", "gradient"]
     assert flat[6:9] == [f"{method}\ncross-entropy [nat]" for method in METHODS]
-    assert flat[9:] == [f"{method}\nreconstruction [pixel²]" for method in METHODS[1:]]
+    assert flat[9:11] == [f"{method}\nreconstruction [pixel²]" for method in METHODS[1:]]
+    assert flat[11:] == [f"{method}\naccuracy" for method in METHODS]
     assert [ax.get_title(loc="left") for ax in solids(table)] == flat[6:9]
 
 
@@ -44,6 +45,38 @@ def test_surfaces_of_a_term_share_their_levels(table: pd.DataFrame) -> None:
     level = landscape_drawing._quadratic_level(table, "cross_entropy")
     assert level is not None
     assert level > table.loc[table["quantity"] == "centre", "value"].min()
+
+
+def test_accuracy_is_drawn_from_the_grid_in_equal_steps_that_all_share(table: pd.DataFrame) -> None:
+    axes = [ax for ax in landscape_drawing.draw(table).axes if ax.get_title(loc="left").endswith("accuracy")]
+    rows = table[(table["quantity"] == "surface") & (table["term"] == "accuracy")]
+    levels = landscape_drawing._shared_levels(table, "accuracy")
+    assert levels[0] <= rows["value"].min()
+    assert levels[-1] >= rows["value"].max()
+    assert np.diff(levels) == pytest.approx(levels[1] - levels[0])
+    for ax, method in zip(axes, ("scratch", "ssl_ft", "ssat"), strict=True):
+        filled = ax.collections[0]
+        assert list(filled.levels) == levels
+        assert (filled.norm.vmin, filled.norm.vmax) == (levels[0], levels[-1])
+        x, y, _ = landscape_drawing._grid(rows[rows["method"] == method])
+        ends = (x[0], x[-1], y[0], y[-1])
+        assert (*ax.get_xlim(), *ax.get_ylim()) == pytest.approx(ends)
+    flat = table.copy()
+    flat.loc[flat["term"] == "accuracy", "value"] = 1.0
+    landscape_drawing.draw(flat).canvas.draw()
+
+
+def test_the_loss_whose_parameters_moved_comes_first_with_its_quadratic(table: pd.DataFrame) -> None:
+    alone = table[table["method"] == "ssat"].copy()
+    is_fact = ~alone["quantity"].isin(("line", "surface", "centre"))
+    alone.loc[is_fact, "term"] = "joint"
+    axes = landscape_drawing.draw(alone).axes
+    titles = [ax.get_title(loc="left") for ax in axes]
+    assert titles.count("SSAT\njoint loss [weighted]") == 2
+    assert [axes[titles.index(kind)].get_ylabel() for kind in ("eigenvector of λmax", "gradient")] == [
+        "joint loss [weighted]"
+    ] * 2
+    assert "SSAT\ncross-entropy [nat]" in titles
 
 
 @pytest.mark.parametrize("factor", [1.0, 1000.0])
