@@ -9,7 +9,7 @@ from curvature_models import Row, peer, small
 from matplotlib.axes import Axes
 from pandas import DataFrame
 
-from ssat_probe.measures.hessian import dense
+from ssat_probe.measures.exact import assembled
 from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 from ssat_probe.measures.quadrature import mass, negative_energy
 
@@ -19,8 +19,7 @@ NUM_IMAGES = 32
 
 def measure() -> Iterator[Row]:
     """Errors of each way after so many products, and the width of our brackets."""
-    matrix = dense(small(NUM_IMAGES).operator)
-    matrix = (matrix + matrix.T) / 2
+    matrix = assembled(small(NUM_IMAGES).operator).matrix
     values = torch.linalg.eigvalsh(matrix).numpy()
     threshold = -TAU * values[-1]
     true = {"mass below -τ": float((values < threshold).mean()), "mass below 0": float((values < 0).mean())}
