@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy import ndarray
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from ssat_probe import drawing
 
@@ -28,7 +28,7 @@ _TITLES = {
     "bottom2": "eigenvector of second smallest λ",
     "gradient": "gradient",
 }
-_LABELS = {
+LABELS = {
     "cross_entropy": "cross-entropy [nat]",
     "reconstruction": "reconstruction [pixel²]",
     "joint": "joint loss [weighted]",
@@ -54,6 +54,7 @@ def draw(table: DataFrame) -> Figure:
     drawn = drawing.series(table)
     shown = [loss] if len(drawn) > MOST_OTHERS else [*terms, "accuracy"]
     surfaces = [[(term, one) for one in drawn if not _points(one.table, "surface", term).empty] for term in shown]
+    levels = {term: levels_of(_points(table, "surface", term)["value"], term) for term in shown if surfaces[0]}
     blocks: list[list[Any]] = [lines, surfaces[0], *surfaces]  # each begins a row, so that surfaces stand side by side
     starts = [0, *itertools.accumulate(-(-len(block) // 3) * 3 for block in blocks)]
     with drawing.style():
@@ -62,9 +63,9 @@ def draw(table: DataFrame) -> Figure:
             _draw_lines(ax, _line(table, *key), *key)
         for start, block in [(starts[1], blocks[1]), *zip(starts[3:], blocks[3:], strict=False)]:
             for ax, (term, one) in zip(axes[start:], block, strict=False):
-                _draw_contours(ax, one, term, _shared_levels(table, term), _quadratic_level(table, term))
+                _draw_contours(ax, one, term, levels[term], _quadratic_level(table, term))
         for ax, (term, one) in zip(axes[starts[2] :], blocks[2], strict=False):
-            _draw_solid(figure, ax, one, term, _shared_levels(table, term))
+            _draw_solid(figure, ax, one, term, levels[term])
         for start, block, end in zip(starts, blocks, starts[1:], strict=False):
             for ax in axes[start + len(block) : end]:
                 ax.remove()
@@ -115,23 +116,54 @@ def _draw_lines(ax: Axes, rows: DataFrame, kind: str, term: str) -> None:
     finite = rows["value"].dropna()
     if len(finite) and finite.min() > 0 and finite.max() > DECADES * finite.min():
         ax.set_yscale("log")
-    drawing.label_axes(ax, "relative distance" if kind == "random" else "distance", _LABELS[term], _TITLES[kind])
+    drawing.label_axes(ax, "relative distance" if kind == "random" else "distance", LABELS[term], _TITLES[kind])
 
 
-def _shared_levels(table: DataFrame, term: str) -> list[float]:
-    """Contour levels that span all surfaces of a term: 1, 2, 5, ... of a loss, equal steps of the accuracy."""
-    values = _points(table, "surface", term)["value"].dropna()
+def levels_of(values: Series, term: str) -> list[float]:
+    """Contour levels that span values: 1, 2, 5, ... of a loss, equal steps of the accuracy or of a narrow range.
+
+    Args:
+        values: Of all surfaces that share the levels.
+        term: Of a loss, or ``accuracy``.
+
+    Returns:
+        Two at least, ascending.
+    """
+    values = values.dropna()
     if term == "accuracy":
-        ends = values.min(), max(values.max(), values.min() + 0.05)
-        return [float(level) for level in MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(*ends)]
+        return _equal_steps(values.min(), max(values.max(), values.min() + 0.05))
     low, high = max(values.min(), 1e-5), min(values.max(), 1e6)
     inside = [level for level in LEVELS if low <= level <= high]
     below = [level for level in LEVELS if level < low][-1:]
     above = [level for level in LEVELS if level > high][:1]
-    levels = below + inside + above
-    if len(inside) < 3 and high > low:  # a narrow range needs its own levels
-        levels = [float(level) for level in np.linspace(low, high, 8)]
-    return levels if len(levels) > 1 else [low, low + 1e-5]
+    if len(inside) < 3 and high > low:
+        return _equal_steps(low, high)
+    return below + inside + above
+
+
+def _equal_steps(low: float, high: float) -> list[float]:
+    return [float(level) for level in MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)]
+
+
+def contours(ax: Axes, points: DataFrame, term: str, levels: list[float]) -> tuple[ndarray, ndarray]:
+    """Draw a surface as labelled contours; what is not finite stays a hole.
+
+    Args:
+        ax: Where.
+        points: Rows with ``x``, ``y`` and ``value``, one per point of a grid.
+        term: Of a loss, or ``accuracy``.
+        levels: From `levels_of`.
+
+    Returns:
+        Coordinates of the columns and of the rows.
+    """
+    x, y, z = _grid(points)
+    shown = np.ma.masked_invalid(z)
+    ax.contourf(x, y, shown, levels, norm=_norm_of(term, levels), cmap="viridis", extend="both")
+    lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
+    ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
+    ax.grid(visible=False)
+    return x, y
 
 
 def _norm_of(term: str, levels: list[float]) -> Normalize:
@@ -156,17 +188,12 @@ def _draw_contours(ax: Axes, one: drawing.Series, term: str, levels: list[float]
     """Labelled contours, the checkpoint at the centre, and the Hessian's quadratic where it is of this term."""
     table, title = _first(one)
     points = _points(table, "surface", term)
-    x, y, z = _grid(points)
-    shown = np.ma.masked_invalid(z)
-    ax.contourf(x, y, shown, levels, norm=_norm_of(term, levels), cmap="viridis", extend="both")
-    lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
-    ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
+    ends = contours(ax, points, term, levels)
     first, _, second = str(points["direction"].iloc[0]).partition(" ")
     if level is not None:
-        _draw_quadratic(ax, table, term, level, (first, second), (x, y))
+        _draw_quadratic(ax, table, term, level, (first, second), ends)
     ax.plot(0, 0, marker="+", color="white", markersize=6)
-    ax.grid(visible=False)
-    drawing.label_axes(ax, first, second, f"{title}\n{_LABELS[term]}")
+    drawing.label_axes(ax, first, second, f"{title}\n{LABELS[term]}")
 
 
 def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, levels: list[float]) -> None:
@@ -193,7 +220,7 @@ def _draw_solid(figure: Figure, place: Axes, one: drawing.Series, term: str, lev
         ax.set_zticks(list(powers), [f"{10.0**power:g}" for power in powers])
     ax.tick_params(labelsize=5, pad=-3)
     first, _, second = str(points["direction"].iloc[0]).partition(" ")
-    drawing.label_axes(ax, first, second, f"{title}\n{_LABELS[term]}")
+    drawing.label_axes(ax, first, second, f"{title}\n{LABELS[term]}")
     ax.xaxis.labelpad = ax.yaxis.labelpad = -8
 
 

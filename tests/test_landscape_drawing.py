@@ -21,6 +21,11 @@ def table(checkpoints: dict[str, Path]) -> pd.DataFrame:
     return probe.measure_all(chosen, list(checkpoints.values()), sample)[0]
 
 
+def shared_levels(table: pd.DataFrame, term: str) -> list[float]:
+    rows = table[(table["quantity"] == "surface") & (table["term"] == term)]
+    return landscape_drawing.levels_of(rows["value"], term)
+
+
 def solids(table: pd.DataFrame) -> list[Any]:
     return [ax for ax in landscape_drawing.draw(table).axes if ax.name == "3d"]
 
@@ -37,7 +42,7 @@ def test_the_figure_shows_lines_terms_apart_and_surfaces_per_method(table: pd.Da
 
 
 def test_surfaces_of_a_term_share_their_levels(table: pd.DataFrame) -> None:
-    levels = landscape_drawing._shared_levels(table, "cross_entropy")
+    levels = shared_levels(table, "cross_entropy")
     values = table[(table["quantity"] == "surface") & (table["term"] == "cross_entropy")]["value"]
     assert levels[0] <= values.min()
     assert levels[-1] >= values.max()
@@ -50,7 +55,7 @@ def test_surfaces_of_a_term_share_their_levels(table: pd.DataFrame) -> None:
 def test_accuracy_is_drawn_from_the_grid_in_equal_steps_that_all_share(table: pd.DataFrame) -> None:
     axes = [ax for ax in landscape_drawing.draw(table).axes if ax.get_title(loc="left").endswith("accuracy")]
     rows = table[(table["quantity"] == "surface") & (table["term"] == "accuracy")]
-    levels = landscape_drawing._shared_levels(table, "accuracy")
+    levels = shared_levels(table, "accuracy")
     assert levels[0] <= rows["value"].min()
     assert levels[-1] >= rows["value"].max()
     assert np.diff(levels) == pytest.approx(levels[1] - levels[0])
@@ -85,7 +90,7 @@ def test_solid_surfaces_share_their_heights_and_mark_the_centre(table: pd.DataFr
     is_far = (steep["quantity"] == "surface") & (steep["x"] > 0)
     steep.loc[is_far, "value"] *= factor
     shown = solids(steep)
-    levels = landscape_drawing._shared_levels(steep, "cross_entropy")
+    levels = shared_levels(steep, "cross_entropy")
     is_log = levels[-1] > landscape_drawing.DECADES * levels[0]
     assert is_log or factor == 1
     ends = np.log10([levels[0], levels[-1]]) if is_log else np.array([levels[0], levels[-1]])
@@ -104,6 +109,16 @@ def test_the_outer_band_spans_the_means_over_parts_of_the_images(table: pd.DataF
     assert heights[0].min() == pytest.approx(rows["low"].min())
     assert heights[0].max() == pytest.approx(rows["high"].max())
     assert heights[1].max() == pytest.approx(rows["value"].max())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.012, 0.019), (2.1, 9.7), (0.13, 41.0), (0.3, 0.3)])
+def test_levels_are_round_and_span_the_values(low: float, high: float) -> None:
+    levels = landscape_drawing.levels_of(pd.Series([high, low, np.nan]), "cross_entropy")
+    assert levels[0] <= low
+    assert levels[-1] >= high
+    assert levels == sorted(set(levels))
+    assert 2 <= len(levels) <= 12
+    assert all(level == pytest.approx(float(f"{level:.2g}")) for level in levels)
 
 
 def test_holes_are_drawn_as_holes(table: pd.DataFrame) -> None:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from ssat_probe.subject import Subject
 
-LEVELS = tuple(mantissa * 10.0**power for power in range(-5, 7) for mantissa in (1, 2, 5))
-
 
 @dataclass(frozen=True)
 class Relation:
@@ -97,51 +95,42 @@ class Relation:
             table: What `measure` gave.
 
         Returns:
-            One or two panels.
+            A panel each for cross-entropy, reconstruction and accuracy; a unit is as long on both axes, and the last
+            checkpoint of a run is the large one.
         """
         from ssat_probe import drawing
+        from ssat_probe.landscape_drawing import LABELS, contours, levels_of
 
-        labels = {"cross_entropy": "cross-entropy [nat]", "reconstruction": "reconstruction [pixel²]"}
-        terms = [term for term in labels if ((table["quantity"] == "surface") & (table["term"] == term)).any()]
+        surface = table[table["quantity"] == "surface"]
+        terms = [term for term in ("cross_entropy", "reconstruction", "accuracy") if (surface["term"] == term).any()]
         with drawing.style():
-            figure, axes = drawing.panels(1, len(terms), height=3.1, width=drawing.PAGE_WIDTH)
+            figure, axes = drawing.panels(1, len(terms), height=2.6, width=drawing.PAGE_WIDTH)
             for ax, term in zip(axes, terms, strict=True):
-                self._draw_term(ax, table, term, labels[term])
+                points = surface[surface["term"] == term]
+                contours(ax, points, term, levels_of(points["value"], term))
+                self._mark(ax, table[(table["quantity"] == "checkpoint") & (table["term"] == term)])
+                ax.set_aspect("equal")
+                drawing.label_axes(ax, "distance", "distance", LABELS[term])
             residuals = table.loc[table["quantity"] == "residual", "value"]
             shares = [float(table.loc[table["quantity"] == f"explained_{axis}", "value"].iloc[0]) for axis in "xy"]
             note = f"axes hold {shares[0]:.0%} and {shares[1]:.0%} of the squared distances; " + (
-                f"off the plane by up to {residuals.max():.3g}" if residuals.max() > 1e-6 else "all points on the plane"
+                f"off the plane by up to {residuals.max():.3g}; large: ends"
+                if residuals.max() > 1e-6
+                else "all points on the plane"
             )
             drawing.legend_below(figure, note)
         return figure
 
-    def _draw_term(self, ax: "Axes", table: "DataFrame", term: str, label: str) -> None:
-        import numpy as np
-        from matplotlib.colors import LogNorm
-
-        from ssat_probe import drawing
-
-        points = table[(table["quantity"] == "surface") & (table["term"] == term)]
-        grid = points.pivot_table(index="y", columns="x", values="value", dropna=False)
-        x, y, z = (np.asarray(part, dtype=float) for part in (grid.columns, grid.index, grid))
-        shown = np.ma.masked_invalid(z)
-        low, high = max(float(shown.min()), 1e-5), max(float(shown.max()), 2e-5)
-        levels = [level for level in LEVELS if low / 2.5 <= level <= high * 2.5]
-        if sum(low < level < high for level in levels) < 3:
-            levels = [float(level) for level in np.linspace(low, high + 1e-9, 8)]
-        ax.contourf(x, y, shown, levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis", extend="both")
-        lines = ax.contour(x, y, shown, levels, colors="white", linewidths=0.4)
-        ax.clabel(lines, fontsize=5, fmt="%.3g", colors="white")
-        marked = table[(table["quantity"] == "checkpoint") & (table["term"] == term)]
+    def _mark(self, ax: "Axes", marked: "DataFrame") -> None:
+        """Checkpoints of each run, the last one large."""
         for number, (_, run) in enumerate(marked.groupby("run", sort=False)):
-            first, *_, last = run["label"].tolist() * 2
-            text = first if len(run) == 1 else f"{first} to {last}"
-            marker = "o^sDvP<X>"[number % 9]
-            look: Any = {"marker": marker, "markeredgecolor": "black", "markersize": 4.5, "linewidth": 0.8}
-            colour = _COLOURS[number % len(_COLOURS)]
-            ax.plot(run["x"], run["y"], color="white", markerfacecolor=colour, label=text, **look)
-        ax.grid(visible=False)
-        drawing.label_axes(ax, "distance", "distance", label)
+            first, last = run["label"].iloc[0], run["label"].iloc[-1]
+            text = first if len(run) == 1 else f"{first} to {last.rpartition(' ')[2]}"
+            look: Any = {"marker": "o^sDvP<X>"[number % 9], "markeredgecolor": "black", "color": "white"}
+            look["markerfacecolor"] = _COLOURS[number % len(_COLOURS)]
+            if len(run) > 1:
+                ax.plot(run["x"].iloc[-1:], run["y"].iloc[-1:], markersize=7, **look)
+            ax.plot(run["x"], run["y"], label=text, markersize=4, linewidth=0.8, **look)
 
     def summary(self, table: "DataFrame") -> "DataFrame":
         """Own loss of each checkpoint, the plane's where it is projected, and its distance from the plane.

@@ -45,8 +45,17 @@ def test_more_checkpoints_are_projected_and_their_distance_is_told(checkpoints: 
     assert (losses(table, "checkpoint") != losses(table, "projection")).all()
     shares = table[table["quantity"].str.startswith("explained")]["value"]
     assert 0 < shares.sum() < 1
-    labels = {text.get_text() for text in Relation().draw(table).legends[0].get_texts()}
-    assert labels == {"SSAT seed 0 epoch 0 to SSAT seed 0 epoch 3"}
+    figure = Relation().draw(table)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"SSAT seed 0 epoch 0 to 3"}
+    titles = ["cross-entropy [nat]", "reconstruction [pixel²]", "accuracy"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == titles
+    marked = table[(table["quantity"] == "checkpoint") & (table["term"] == "cross_entropy")]
+    for ax in figure.axes:
+        assert ax.get_aspect() == 1  # distances are Euclidean in any direction
+        end, run = ax.get_lines()
+        assert list(run.get_xdata()) == marked["x"].tolist()
+        assert list(end.get_ydata()) == marked["y"].tolist()[-1:]
+        assert end.get_markersize() > run.get_markersize()
 
 
 def test_options_that_cannot_be_used_say_so() -> None:
