@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-from ssat_probe.architecture import shape_of
+from ssat_probe.architecture import MOST_BLOCKS, shape_of
+from ssat_probe.checkpoint import check_room
 from ssat_probe.decoders.shallow import Decoder
 from ssat_probe.formats import Converted
 from ssat_probe.models import vit
@@ -186,9 +189,14 @@ def filled_decoder(converted: Converted, model: nn.Module, source: Source) -> tu
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     values = math.prod(model.patch_size) * model.channels
     heads = DECODER_HEADS if width % DECODER_HEADS == 0 else 1
-    decoder = Decoder(
-        encoder_dim=model.dim, grid=model.grid, patch_values=values, depth=depth, width=width, heads=heads
+    if depth > MOST_BLOCKS:
+        raise ValueError(f"The decoder must have at most {MOST_BLOCKS} blocks, got {depth}; no model has more.")
+    make = partial(
+        Decoder, encoder_dim=model.dim, grid=model.grid, patch_values=values, depth=depth, width=width, heads=heads
     )
+    with torch.device("meta"):
+        check_room(make(), state, "The decoder")
+    decoder = make()
     for module in decoder.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = converted.norm_eps

@@ -8,7 +8,7 @@ import pickle
 import pickletools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssat_probe.archive import check_declared_size
+from ssat_probe.archive import check_declared_size, shown
 from ssat_probe.images import Facts
 from ssat_probe.network import build_decoder, build_encoder
 from ssat_probe.recipe import Recipe
@@ -25,6 +25,9 @@ from ssat_probe.table import write_atomically
 
 FORMAT = "ssat-probe/1"
 DECODER_PREFIX = "decoder."
+
+MOST_ROOM = (10, 2**26)
+"Values a model may have: times those of its file, and beyond that. Tuned, no source."
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Checkpoint:
             A new module; weights that do not fit the recipe's model are a ValueError that names the first one.
         """
         weights = {name: value for name, value in self.state.items() if not name.startswith(DECODER_PREFIX)}
-        return self._loaded(build_encoder(self.recipe, self.facts), weights)
+        return self._loaded(build_encoder, weights)
 
     def decoder(self) -> nn.Module | None:
         """Decoder with the stored weights, in training mode.
@@ -80,11 +83,14 @@ class Checkpoint:
             for name, value in self.state.items()
             if name.startswith(DECODER_PREFIX)
         }
-        return self._loaded(build_decoder(self.recipe, self.facts), weights)
+        return self._loaded(build_decoder, weights)
 
-    def _loaded(self, module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-        """The module with the weights, matched by name and shape."""
-        needed = module.state_dict()
+    def _loaded(self, build: Callable[[Recipe, Facts], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+        """The module with the weights, matched by name and shape before there is room for a module of any size."""
+        with torch.device("meta"):
+            outline = build(self.recipe, self.facts)
+        check_room(outline, weights, str(self.path))
+        needed = outline.state_dict()
         for name in sorted(needed.keys() | weights.keys()):
             got = f"got shape {tuple(weights[name].shape)}" if name in weights else "got none"
             must = f"must have shape {tuple(needed[name].shape)}" if name in needed else "must not be there"
@@ -93,8 +99,41 @@ class Checkpoint:
                     f"{self.path}: {name!r} {must} for the recipe's {self.recipe.model}, {got}; "
                     "the file holds weights of another model."
                 )
+        module = build(self.recipe, self.facts)
         module.load_state_dict(weights)
         return module
+
+
+def check_room(outline: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse to make a model out of all proportion to the weights that are to fill it.
+
+    Args:
+        outline: The model, made on the device ``meta``, where it takes no room.
+        weights: Tensors by name.
+        name: Of their file.
+
+    Raises:
+        ValueError: If it has more than ten times their values, and 2^26 beyond that (masks of windows, say).
+    """
+    values = sum(one.numel() for one in [*outline.parameters(), *outline.buffers()])
+    if values > MOST_ROOM[0] * num_stored(weights) + MOST_ROOM[1]:
+        raise ValueError(
+            f"{name} must hold about as many values as its model has, got {num_stored(weights):,} for a model of "
+            f"{values:,}; it would fill the memory, so it was not made: get the file again from whom you trust."
+        )
+
+
+def num_stored(weights: Mapping[str, Tensor]) -> int:
+    """Values behind some tensors; those that several of them share count once.
+
+    Args:
+        weights: Tensors by name.
+
+    Returns:
+        At most as many as their storages hold.
+    """
+    storages = {one.untyped_storage().data_ptr(): one for one in weights.values()}
+    return sum(one.untyped_storage().nbytes() // one.element_size() for one in storages.values())
 
 
 def hash_of(facts: Any, state: Mapping[str, Tensor]) -> str:
@@ -186,10 +225,9 @@ def checkpoint_of(content: Any, path: Path) -> Checkpoint:
     """
     keys = ("format", "recipe", "facts", "stage", "epoch", "hash", "model")
     if not isinstance(content, dict) or any(key not in content for key in keys) or content["format"] != FORMAT:
-        found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{path} must be a checkpoint written by ssat-probe (format {FORMAT}), got a file with: "
-            f"{found or 'nothing'}; give one that ssat-probe train wrote."
+            f"{shown(content)}; give one that ssat-probe train wrote."
         )
     try:
         recipe = _recipe_of(content["recipe"], path)
@@ -256,6 +294,7 @@ def load_tensors(path: Path, what: str) -> Any:
         TypeError,
         AttributeError,
         AssertionError,
+        MemoryError,
         pickle.PickleError,
     ) as error:
         code = _code_in(path, error)

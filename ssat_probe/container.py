@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssat_probe.checkpoint import load_tensors
+from ssat_probe.archive import few, shown
+from ssat_probe.checkpoint import load_tensors, num_stored
 
 ENTRIES = (
     "state_dict_ema", "model_ema", "teacher", "state_dict", "model_state_dict", "model", "module", "net", "student",
@@ -23,6 +24,9 @@ PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")
 "What DistributedDataParallel, compilation, Fabric and Lightning put in front of every name."
 
 MOST_TENSORS = 100_000
+
+MOST_SHARING = 10
+"Times that a value may be used: tied embeddings use it twice."
 
 
 def open_content(path: Path, is_trusted: bool = False) -> Any:
@@ -67,7 +71,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
             ours = (file.metadata() or {}).get("ssat-probe")
         return json.loads(ours) | {"model": state} if ours else state
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} must be a file of safetensors, got {path.stat().st_size} bytes that are none ({error}); "
             "it is damaged, cut short or of another kind: get it again."
@@ -92,15 +96,14 @@ def take_state(content: Any, path: Path, entry: str = "") -> tuple[dict[str, Ten
     states = {str(name): value for name, value in found.items() if _is_state(value)}
     if entry and entry not in states:
         raise ValueError(
-            f"{path} must hold weights in its entry {entry!r}, got entries {', '.join(filter(None, states)) or 'none'} "
+            f"{path} must hold weights in its entry {entry!r}, got entries {few(filter(None, states)) or 'none'} "
             "with weights; choose one with --entry."
         )
     chosen = entry or next((name for name in (*ENTRIES, "") if name in states), None)
     if chosen is None:
-        shown = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
             f"{path} must hold a state dict, alone or as one of {', '.join(ENTRIES)}, got a file with: "
-            f"{shown or 'nothing'}; name its entry with --entry."
+            f"{shown(content)}; name its entry with --entry."
         )
     state = {str(name): value for name, value in states[chosen].items() if isinstance(value, Tensor)}
     check_tensors(state, path)
@@ -148,6 +151,12 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: {name!r} must have as many values as are stored, got shape {tuple(value.shape)} on "
                 f"{value.untyped_storage().nbytes()} bytes; it was not used: get the file again from whom you trust."
             )
+    values = sum(value.numel() for value in state.values())
+    if values > MOST_SHARING * num_stored(state):
+        raise ValueError(
+            f"{path} must use each value at most {MOST_SHARING} times, got {values:,} values in its tensors and "
+            f"{num_stored(state):,} behind them; it was not used: get the file again from whom you trust."
+        )
 
 
 def _is_state(value: Any) -> bool:

@@ -8,13 +8,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
 from ssat_probe import registry
 from ssat_probe.architecture import inferred_model, num_classes_of, seeded, timm_model
+from ssat_probe.archive import few
 from ssat_probe.assembly import Report, fill, filled_decoder
-from ssat_probe.checkpoint import DECODER_PREFIX, FORMAT, Checkpoint, checkpoint_of, hash_of, state_of
+from ssat_probe.checkpoint import (
+    DECODER_PREFIX,
+    FORMAT,
+    Checkpoint,
+    check_room,
+    checkpoint_of,
+    hash_of,
+    state_of,
+)
 from ssat_probe.container import open_content, take_state
 from ssat_probe.data import open_dataset
 from ssat_probe.formats import Converted, detect
@@ -131,7 +141,7 @@ def open_weights(
     if not layout and not source.model:
         raise ValueError(
             f"{path} must be a checkpoint written by ssat-probe (format {FORMAT}) or weights in one of the formats "
-            f"{', '.join(registry.names('formats'))}, got a file with: {', '.join(list(state)[:5])}; "
+            f"{', '.join(registry.names('formats'))}, got a file with: {few(state)}; "
             "if it holds a model of timm's, name it with --model timm:NAME."
         )
     try:
@@ -157,6 +167,9 @@ def _of_file(
         is_pooled = "fc_norm.weight" in converted.encoder and "norm.weight" not in converted.encoder
         return timm_model(name, source, num_classes, **({"global_pool": "avg"} if is_pooled else {}))
 
+    if not name:
+        with torch.device("meta"):
+            check_room(make(), converted.encoder | converted.decoder, "The file")
     model = seeded(0, make)
     report = fill(model, converted, layout, entry, source)
     decoder, resized = filled_decoder(converted, model, source)

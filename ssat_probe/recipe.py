@@ -322,6 +322,8 @@ def _check_ranges(recipe: Recipe) -> None:
         check(name, getattr(recipe, name) >= 1, "at least 1")
     for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
         check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
+    check("img_size", max(recipe.img_size or (1,)) <= 2**14, "at most 16384 pixels high and wide")
+    check("decoder_depth", (recipe.decoder_depth or 1) <= 256, "at most 256")
     for name in ("mixup", "cutmix", "weight_decay", "min_lr", "warmup_epochs", "seed", "subset_seed"):
         check(name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("seed", "subset_seed"):

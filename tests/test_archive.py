@@ -6,10 +6,11 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ssat_probe.archive import check_declared_size
+from ssat_probe.archive import check_declared_size, check_unfolded_size, few, shown
 from ssat_probe.container import open_content
 
 
@@ -49,3 +50,31 @@ def test_an_old_file_with_an_absurd_storage_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "long.pt").write_bytes(longer)
     with pytest.raises(ValueError, match=r"long\.pt must declare no more bytes .* got 2,147,483,647; it would fill"):
         open_content(tmp_path / "long.pt")
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**36, 2**62])
+def test_room_is_not_made_for_a_text_that_is_not_there(tmp_path: Path, length: int) -> None:
+    (tmp_path / "text.pt").write_bytes(b"\x80\x02" + pickle.BINUNICODE8 + struct.pack("<Q", length) + b"abc")
+    with pytest.raises(
+        ValueError, match=rf"text\.pt must declare no more bytes than the 14 it has, got {length:,}; it"
+    ):
+        open_content(tmp_path / "text.pt")
+
+
+def test_pictures_may_be_compressed_but_not_a_thousandfold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "fair.npz", rng.integers(0, 16, (5, 32, 32), dtype=np.uint8))
+    np.savez_compressed(tmp_path / "bomb.npz", np.zeros((64, 256, 256), np.uint8))
+    check_unfolded_size(tmp_path / "bomb.npz")  # four megabytes do no harm
+    monkeypatch.setattr("ssat_probe.archive.MOST_UNFOLDED", (2**20, 100))
+    check_unfolded_size(tmp_path / "fair.npz")
+    with pytest.raises(
+        ValueError, match=r"bomb\.npz must unfold into at most 100 times the .* got 4,194,432; it would"
+    ):
+        check_unfolded_size(tmp_path / "bomb.npz")
+
+
+def test_names_in_a_message_are_few_and_short() -> None:
+    assert shown({"a": 1, "b" * 10**6: 2}) == f"a, {'b' * 57}..."
+    assert (shown({}), shown([1])) == ("nothing", "list")
+    assert few(range(9), most=2) == "0, 1"

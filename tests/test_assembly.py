@@ -8,6 +8,7 @@ from torch import nn
 
 from ssat_probe.assembly import fill, filled_decoder, resampled_positions
 from ssat_probe.formats import Converted
+from ssat_probe.models import vit
 from ssat_probe.source import Source
 
 
@@ -75,3 +76,13 @@ def test_positions_that_are_no_square_stay_and_are_refused() -> None:
 
 def test_no_decoder_without_its_weights() -> None:
     assert filled_decoder(Converted({}), small(), Source()) == (None, {})
+
+
+def test_a_decoder_with_absurd_sizes_is_refused_before_there_is_room() -> None:
+    model = vit.Model(img_size=(8, 8), patch_size=(4, 4), channels=1, num_classes=2, dim=16, depth=1, heads=2)
+    wide = {"embed.weight": torch.zeros(2**16, 1)} | {f"blocks.{i}.norm1.weight": torch.zeros(1) for i in range(9)}
+    with pytest.raises(ValueError, match=r"The decoder must hold about as many values .* for a model of 463,"):
+        filled_decoder(Converted({}, wide), model, Source())
+    deep = {"embed.weight": torch.zeros(4, 16)} | {f"blocks.{i}.norm1.weight": torch.zeros(1) for i in range(257)}
+    with pytest.raises(ValueError, match=r"The decoder must have at most 256 blocks, got 257"):
+        filled_decoder(Converted({}, deep), model, Source())

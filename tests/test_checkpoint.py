@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_tensors,
+    num_stored,
+    save_checkpoint,
+    save_tensors,
+    state_of,
+)
 from ssat_probe.network import build_decoder, build_encoder
 from ssat_probe.recipe import Recipe
 
@@ -310,3 +318,28 @@ def test_state_of_is_a_copy(make_recipe: Make) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     assert not any(value.requires_grad for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "part", "got"),
+    [
+        ({"model": "vit_huge"}, "encoder", "a model of 629,"),
+        ({"img_size": (16384, 16384)}, "encoder", "a model of 2,147,"),
+        ({"decoder_width": 2**20}, "decoder", "a model of 26,388,"),
+    ],
+)
+def test_a_recipe_that_asks_for_far_more_than_the_weights_is_refused_before_there_is_room(
+    checkpoints: Paths, tmp_path: Path, fields: dict[str, object], part: str, got: str
+) -> None:
+    """The hash is no help: whoever writes such a file writes its hash."""
+    whole = load_checkpoint(checkpoints["ssat"])
+    recipe = dataclasses.replace(whole.recipe, **fields)
+    path = save_checkpoint(dataclasses.replace(whole, recipe=recipe, path=tmp_path / "large.pt"))
+    sentence = rf"large\.pt must hold about as many values as its model has, got [\d,]+ for {got}.*it was not made"
+    with pytest.raises(ValueError, match=sentence):
+        getattr(load_checkpoint(path), part)()
+
+
+def test_values_that_tensors_share_count_once() -> None:
+    base = torch.zeros(6, 7)
+    assert num_stored({"a": base, "b": base[2:], "c": base.T, "d": torch.zeros(5)}) == 42 + 5

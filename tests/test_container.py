@@ -64,6 +64,50 @@ def test_safetensors_that_lie_about_their_size(tmp_path: Path, length: int) -> N
         open_content(tmp_path / "a.safetensors")
 
 
+def entry(shape: list[int], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry([2**40], 0, 4)},
+        {"a": entry([2**32, 2**32], 0, 0)},
+        {"a": entry([1], 0, 4), "b": entry([1], 0, 4)},
+        {"a": entry([1], 4, 8)},
+        {"a": entry([2], 8, 0)},
+        {"a": entry([2], 0, 8), "__metadata__": {"ssat-probe": "[" * 10**5}},
+        {"a": entry([2], 0, 8), "__metadata__": {"ssat-probe": "3"}},
+        {"a": entry([2], 0, 8), "__metadata__": {"ssat-probe": 3}},
+        {"a": entry([2], 0, 8) | {"dtype": "F33"}},
+        [1, 2],
+    ],
+    ids=["shape", "overflow", "overlap", "hole", "backwards", "deep", "number", "no text", "dtype", "list"],
+)
+def test_safetensors_with_a_lying_header(tmp_path: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ValueError, match=r"a\.safetensors must be a file of safetensors, got \d+ bytes that are none"):
+        open_content(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 20, 100, -1, -9])
+def test_safetensors_cut_short(tmp_path: Path, length: int) -> None:
+    save_file({"a": torch.arange(3), "b": torch.zeros(5)}, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"a\.safetensors must be a file of safetensors, got \d+ bytes that are none"):
+        open_content(tmp_path / "a.safetensors")
+
+
+def test_values_may_be_tied_but_not_used_again_and_again() -> None:
+    base = torch.zeros(7, 3)
+    check_tensors({"embed": base, "head": base.T, "part": base[1:]}, Path("b.pt"))
+    with pytest.raises(
+        ValueError, match=r"b\.pt must use each value at most 10 times, got 231 values in its tensors and"
+    ):
+        check_tensors({str(i): base for i in range(11)}, Path("b.pt"))
+
+
 def test_a_shape_without_values_behind_it_is_refused(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.zeros(1).expand(10**12)}, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").stat().st_size < 2000

@@ -167,3 +167,21 @@ def test_the_untrained_twin_has_the_architecture_and_other_weights(saved: Path) 
     shapes = [[value.shape for value in one.model.state_dict().values()] for one in (subject, twins[0])]
     assert shapes[0] == shapes[1]
     assert (twins[0].checkpoint.epoch, twins[0].model.training) == (0, False)
+
+
+def test_a_small_file_whose_names_tell_a_huge_model_is_refused_before_there_is_room(tmp_path: Path) -> None:
+    width = 4096
+    shapes = {
+        "patch_embed.proj.weight": (width, 3, 1, 1),
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 5, width),
+        "blocks.0.norm1.weight": (width,),
+        "blocks.0.attn.qkv.weight": (3 * width, 1),
+        "blocks.0.mlp.fc1.weight": (4 * width, 1),
+        "blocks.200.norm1.weight": (1,),
+        "norm.weight": (width,),
+    }
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "few.pth")
+    sentence = r"few\.pth: The file must hold about as many values as its model has, got 73,\d+ for a model of 40,47"
+    with pytest.raises(ValueError, match=sentence):
+        open_weights(tmp_path / "few.pth", Source(allow_partial=True))

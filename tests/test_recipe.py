@@ -203,3 +203,15 @@ def test_two_views_must_differ(task: Any) -> None:
 )
 def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], named: set[str]) -> None:
     assert without_effect(Recipe(**fields)).keys() == named
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"img_size": (10**9, 8)}, r"img_size must be at most 16384 pixels high and wide, got \(1000000000, 8\)"),
+        ({"decoder_depth": 10**6}, "decoder_depth must be at most 256, got 1000000"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Recipe(**fields)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ssat_probe import files
+from ssat_probe.archive import check_unfolded_size
 from ssat_probe.images import ArrayImages, Facts, Images, Source, fitted
 from ssat_probe.registry import known
 
@@ -90,6 +91,7 @@ or --data-dir FILE.npz: an array "images" (or its only array) of 8-bit images,
         return files.FileImages(paths, np.zeros(len(paths)), size, channels, root)
 
     def _of_array(self, path: Path) -> Images:
+        check_unfolded_size(path)
         with files.reading(path, "an .npz of numpy"), np.load(path, allow_pickle=False) as arrays:
             names = list(arrays.keys())
             name = "images" if "images" in names else names[0] if len(names) == 1 else ""
