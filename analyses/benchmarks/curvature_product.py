@@ -10,7 +10,7 @@ from pandas import DataFrame
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BATCHED: dict[str, tuple[int, ...]] = {"vit_nano": (4, 16), "ViT-T/4": ()}
-REPEATS = {"vit_nano": 9, "ViT-T/4": 5}
+REPEATS = {"vit_nano": 25, "ViT-T/4": 9}
 TARGETS = {
     ("ViT-T/4", "cached"): 2.1,
     ("ViT-T/4", "fresh"): 3.1,

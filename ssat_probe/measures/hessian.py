@@ -166,7 +166,7 @@ class HessianOperator:
             )
         num_images = 0
         with undisturbed():
-            vectors = self._embedded(vectors.clone())  # a plain tensor, also of one that inference mode made
+            vectors = self._embedded(vectors.clone() if vectors.is_inference() else vectors)
             total = torch.zeros_like(vectors)
             for gradients, num, is_kept in self.graphs():
                 share = num if self.reduction == "mean" else 1
@@ -310,7 +310,7 @@ class HessianOperator:
         blocks = self._second([one for one, _ in pairs], [along for _, along in pairs], retain_graph=retain_graph)
         for place, block in zip(self._slices, blocks, strict=True):
             if block is not None:
-                total[:, place] += share * block.reshape(len(vectors), -1).double()
+                total[:, place].add_(block.reshape(len(vectors), -1), alpha=share)  # in float64, as the total is
 
     def rows(
         self, gradients: list[Tensor | None], tensor: int, entries: Int[Tensor, " row"]
