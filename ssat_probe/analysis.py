@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,24 @@ import pandas as pd
 import yaml
 from pandas import DataFrame
 
-from ssat_probe import comparison, probe, training
+from ssat_probe import comparison, drawing, probe, sweep, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
+from ssat_probe.sweep import Planned, planned
 from ssat_probe.table import read_table, write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
-KEYS = ("title", "recipe", "models", "methods", "seeds", "probes", "measures", "claims", "jobs", "threads")
+KEYS = ("title", "recipe", "models", "methods", "seeds", "vary", "probes", "measures", "claims", "jobs", "threads")
 OF_MEASUREMENT = ("probe", "models", "snapshots")
 "What a probe's entry may say beside the options of probe and sample."
+
+
+SMOKE = {"epochs": 1, "subset": 20, "batch_size": 10, "pretrain_epochs": 1, "budget": "matched"}
+"What a recipe is shrunk to, to see that everything runs; the last two only where a sweep sets them."
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Analysis:
     title: str
     source: str
     "The file's text."
-    recipes: tuple[Recipe, ...]
+    cells: tuple[Planned, ...]
     measurements: tuple[Measurement, ...]
     measures: dict[str, comparison.Measure]
     claims: tuple[comparison.Claim, ...]
@@ -44,6 +50,13 @@ class Analysis:
     "Cells trained side by side, each in a process of its own; 0 means as many as the cores allow."
     threads: int
     "Threads of each cell; 0 means that the jobs share the cores."
+    axes: tuple[str, ...] = ()
+    "Of its sweep, if it is one."
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Recipe of each cell."""
+        return tuple(cell.recipe for cell in self.cells)
 
 
 def default_path() -> Path:
@@ -56,12 +69,13 @@ def default_path() -> Path:
     return inside if inside.is_file() else PACKAGE.parent / "analyses" / "mechanisms.yaml"
 
 
-def read(path: Path, is_smoke: bool = False) -> Analysis:
+def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None = None) -> Analysis:
     """Analysis from its file.
 
     Args:
         path: YAML.
         is_smoke: Shrink it to one epoch on few images and two seeds, to see that everything runs.
+        changes: Fields of the recipe that all trainings share, in place of the file's; they go into its name.
 
     Returns:
         The checked analysis; an unknown key or a value out of range is a ValueError.
@@ -83,29 +97,37 @@ def read(path: Path, is_smoke: bool = False) -> Analysis:
         known(str(key), KEYS, f"the keys of an analysis ({path})")
     if missing := [key for key in ("recipe", "methods", "seeds", "probes") if not content.get(key)]:
         raise ValueError(f"{path} must say {', '.join(missing)}, got nothing there; see analyses/mechanisms.yaml.")
-    shared, seeds = dict(content["recipe"]), list(content["seeds"])
+    changes = changes or {}
+    shared, seeds = {**content["recipe"], **changes}, list(content["seeds"])
+    if "model" in changes:
+        content.pop("models", None)
     if is_smoke:
-        shared |= {"epochs": 1, "subset": 20, "batch_size": 10}
+        shared |= {name: SMOKE[name] for name in ("epochs", "subset", "batch_size")}
         seeds = seeds[:2]
     models = list(content.get("models") or [shared.get("model", Recipe.model)])
-    recipes = [
-        Recipe.from_dict({**shared, "model": model, "method": method, "seed": seed}, str(path))
-        for model in models
-        for seed in seeds
-        for method in content["methods"]
-    ]
+    vary = dict(content.get("vary") or {})
+    cells = planned(shared, models, seeds, list(content["methods"]), vary, str(path), SMOKE if is_smoke else None)
+    recipes = [cell.recipe for cell in cells]
     measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
+    axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
+    claims = tuple(comparison.claim_from(values, measures) for values in content.get("claims", []))
+    _check_axes(axes, measurements, path)
+    for claim in claims:
+        _check_points(claim, cells, axes)
     return Analysis(
-        name=f"{path.stem}-smoke" if is_smoke else path.stem,
+        name="-".join(
+            [path.stem, *(f"{key}={sweep.word(value)}" for key, value in changes.items()), *["smoke"] * is_smoke]
+        ),
         title=str(content.get("title", path.stem)) + (" (smoke: the numbers mean nothing)" if is_smoke else ""),
         source=source,
-        recipes=tuple(recipes),
+        cells=tuple(cells),
         measurements=tuple(measurements),
         measures=measures,
-        claims=tuple(comparison.claim_from(values, measures) for values in content.get("claims", [])),
+        claims=claims,
         jobs=int(content.get("jobs", 0)),
         threads=int(content.get("threads", 0)),
+        axes=axes,
     )
 
 
@@ -153,20 +175,62 @@ def run(
     write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [
-        Cell(recipe, checkpoints, tuple(one for one in measurements if one.applies_to(recipe)), data_dir, device)
-        for recipe in analysis.recipes
+        Cell(
+            one.recipe,
+            checkpoints / one.folder,
+            tuple(measurement for measurement in measurements if measurement.applies_to(one.recipe)),
+            data_dir,
+            device,
+        )
+        for one in analysis.cells
     ]
     is_new = side_by_side(cells, jobs or analysis.jobs, analysis.threads, progress)
-    folders = {checkpoints / recipe.name: recipe for recipe in analysis.recipes}
-    tables = {one.name: _gathered(one, folders, out) for one in measurements}
-    compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, _costs(folders))
+    folders = {checkpoints / one.name: one for one in analysis.cells}
+    tables = {one.name: _gathered(one, folders, out, analysis.axes) for one in measurements}
+    costs = _costs(folders, analysis.axes)
+    compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, costs, analysis.axes)
     comparison.write(compared, verdicts, out)
+    if analysis.axes and len(compared):
+        drawing.save(sweep.draw(compared), out / "sweep")
     record = _record(analysis, time.monotonic() - started)
     kept = json.loads(before) if before and not is_new else {}
     if kept.get("seconds") is not None and kept["source"] == analysis.source:
         record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     return comparison.readable(compared), verdicts
+
+
+def _check_axes(axes: Sequence[str], measurements: Sequence[Measurement], path: Path) -> None:
+    """An axis is a column of every table, so its name must not be one that stands there already."""
+    for axis in axes:
+        for one in measurements:
+            if axis in [column.name for column in (*probe.IDENTITY, *one.probe.columns)]:
+                raise ValueError(
+                    f"The axes of {path} must not be named as a column of a table, got {axis!r}, which {one.name} has; "
+                    f"models, methods and seeds have lists of their own, and others may be written as "
+                    f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
+                )
+
+
+def _check_points(claim: comparison.Claim, cells: Sequence[Planned], axes: Sequence[str]) -> None:
+    """A claim must compare one training per seed with another: it says where on the axes of a sweep both stand."""
+    for method, point in zip(claim.methods, claim.at, strict=True):
+        for axis, value in point.items():
+            known(axis, axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
+            values = dict.fromkeys(str(cell.point[axis]) for cell in cells if axis in cell.point)
+            known(str(value), values, f"the values of {axis}, where claim {claim.claim!r} is made")
+        seeds = [
+            cell.recipe.seed
+            for cell in cells
+            if cell.recipe.method == method
+            and all(cell.point.get(axis, value) == value for axis, value in point.items())
+            and cell.recipe.model == cells[0].recipe.model
+        ]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"Claim {claim.claim!r} must be about one training of {method} per seed, got {len(seeds)} of "
+                f"{len(set(seeds))} seeds; say where on {', '.join(axes)} with at: {{{axes[0]}: ...}}."
+            )
 
 
 def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:
@@ -198,21 +262,34 @@ def _on_device(measurement: Measurement, data_dir: Path | None, device: str | No
     return dataclasses.replace(measurement, sample=sample)
 
 
-def _gathered(measurement: Measurement, folders: dict[Path, Recipe], out: Path) -> DataFrame:
+def _gathered(measurement: Measurement, folders: dict[Path, Planned], out: Path, axes: Sequence[str] = ()) -> DataFrame:
     """Tables of all cells as one, written with its record and its figure."""
-    paths = [
-        path
-        for folder, recipe in folders.items()
-        if measurement.applies_to(recipe)
-        for _, path in measurement.looks(recipe, folder)
-    ]
+    paths = {
+        path: cell
+        for folder, cell in folders.items()
+        if measurement.applies_to(cell.recipe)
+        for _, path in measurement.looks(cell.recipe, folder)
+    }
     records = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in paths]
     record = records[0] | {
         "checkpoints": [entry for one in records for entry in one["checkpoints"]],
         "seconds": round(sum(one["seconds"] for one in records), 3),
     }
-    table = _without_doubles([read_table(path) for path in paths])
+    table = _without_doubles([_placed(read_table(path), cell, axes) for path, cell in paths.items()])
     probe.write_results(measurement.probe, table, record, out, measurement.name)
+    return table
+
+
+def _placed(table: DataFrame, cell: Planned, axes: Sequence[str]) -> DataFrame:
+    """A cell's table with where it stands on the axes of a sweep, which the name of the checkpoint then says too."""
+    # An untrained twin stands nowhere: no axis but the architecture's changes it, and its name says that one.
+    is_trained = table["method"] != probe.UNTRAINED
+    if cell.folder:
+        table["checkpoint"] = table["checkpoint"].where(~is_trained, cell.folder + "/" + table["checkpoint"])
+    place = len(probe.IDENTITY) - 1
+    for axis in reversed(axes):
+        column = pd.Series([cell.point.get(axis, float("nan"))] * len(table), index=table.index)
+        table.insert(place, axis, column.where(is_trained))
     return table
 
 
@@ -227,17 +304,19 @@ def _without_doubles(tables: list[DataFrame]) -> DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _costs(folders: dict[Path, Recipe]) -> DataFrame:
+def _costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:
     """Seconds and images of each cell, over its stages."""
     rows = []
-    for folder, recipe in folders.items():
+    for folder, cell in folders.items():
+        recipe = cell.recipe
         stages = json.loads((folder / "cost.json").read_text(encoding="utf-8")).values()
         rows.append(
             {
-                "checkpoint": folder.name,
+                "checkpoint": cell.name,
                 "model": recipe.model,
                 "method": recipe.method,
                 "seed": recipe.seed,
+                **{axis: cell.point.get(axis) for axis in axes},
                 "seconds": sum(stage["train_s"] for stage in stages),
                 "images": sum(stage["images"] for stage in stages),
             }

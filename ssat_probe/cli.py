@@ -91,6 +91,7 @@ def reproduce(
     download: bool = False,
     device: str = "",
     jobs: int = 0,
+    set_: Annotated[list[str], Parameter(name="--set")] = [],  # noqa: B006 (cyclopts wants a list)
     plan: bool = False,
     smoke: bool = False,
 ) -> None:
@@ -104,13 +105,15 @@ def reproduce(
         download: Fetch the data set if it is not there.
         device: cpu, or empty for the fastest there is.
         jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says.
+        set_: Fields of the recipe in place of the file's, such as data=cifar10 model=vit_tiny; results go to folders of
+            their own.
         plan: Print models and budgets, and stop.
         smoke: One epoch on few images, to see that everything runs; the numbers mean nothing.
     """
     from ssat_probe import analysis as analyses
     from ssat_probe.report import write_report
 
-    chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke)
+    chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke, changes=_changes(set_))
     cells = analyses.plan(chosen, data_dir, download)
     for recipe, budget in cells:
         _print_budget(recipe, budget)
@@ -355,6 +358,22 @@ def _fail(sentence: str, status: int = 2) -> None:
 
 def _say(line: str) -> None:
     print(line)  # noqa: T201
+
+
+def _changes(words: Sequence[str]) -> dict[str, Any]:
+    """Fields and values of ``data=cifar10``; a value is read as in a YAML file, but that 1e-3 is a number there too."""
+    import yaml
+
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign:
+            raise ValueError(f"--set must be followed by field=value, got {word!r}; write data=cifar10.")
+        try:
+            changes[name.replace("-", "_")] = float(value) if "e-" in value else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"--set {name} must be followed by a value, got {value!r}; write {name}=3.") from error
+    return changes
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Compare methods over seeds, and judge claims by intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ RULE = (
     "supported: the 95 % t interval of the paired difference over seeds lies wholly on the claimed side of 0; "
     "contradicted: wholly on the other side; inconclusive: otherwise."
 )
+
+RESULTS = ("measure", "unit", "mean", "low", "high", "num_seeds")
+"Columns of a comparison behind the method and the axes of a sweep."
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Claim:
     methods: tuple[str, str] = ("ssat", "ssl_ft")
     role: str = "primary"
     "primary: decides; secondary: beside it."
+    at: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default=({}, {}))
+    "Of a sweep, where the first and the second stand on its axes."
 
 
 def measure_from(name: str, values: Mapping[str, Any]) -> Measure:
@@ -103,7 +108,7 @@ def claim_from(values: Mapping[str, Any], measures: Mapping[str, Measure]) -> Cl
         The claim; an unknown key or measure is a ValueError.
 
     Raises:
-        ValueError: If the sign is neither 1 nor -1.
+        ValueError: If the sign is neither 1 nor -1, or ``at`` is not one point of a sweep or two.
     """
     for key in values:
         known(key, [field.name for field in fields(Claim)], "the keys of a claim")
@@ -111,49 +116,64 @@ def claim_from(values: Mapping[str, Any], measures: Mapping[str, Measure]) -> Cl
     if values.get("sign") not in (1, -1):
         raise ValueError(f"The sign of claim {values.get('claim')!r} must be 1 or -1, got {values.get('sign')!r}.")
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return Claim(**options)
+    if isinstance(options.get("at"), dict):
+        options["at"] = (options["at"],) * 2
+    claim = Claim(**options)
+    if len(claim.at) != 2 or not all(isinstance(point, Mapping) for point in claim.at):
+        raise ValueError(
+            f"Where claim {claim.claim!r} is made must be one point or two, got {values['at']!r}; write at: "
+            "{lambda_weight: 0.1}, or one for each method."
+        )
+    return claim
 
 
 def compare(
-    measures: Mapping[str, Measure], claims: Sequence[Claim], tables: Mapping[str, DataFrame], costs: DataFrame
+    measures: Mapping[str, Measure],
+    claims: Sequence[Claim],
+    tables: Mapping[str, DataFrame],
+    costs: DataFrame,
+    axes: Sequence[str] = (),
 ) -> tuple[DataFrame, DataFrame]:
-    """Methods side by side, and a verdict per claim.
+    """Methods side by side, at each point of a sweep, and a verdict per claim.
 
     Args:
         measures: By name.
         claims: About them.
         tables: Of each probe, all checkpoints.
         costs: ``checkpoint``, ``model``, ``method``, ``seed``, ``seconds`` and ``images`` of every training.
+        axes: Of a sweep: columns of all tables that say where a training stands; empty where it depends on none.
 
     Returns:
-        The comparison (method, measure, unit, mean, low, high, num_seeds) and the verdicts (claim, role, measure,
+        The comparison (method, axes, measure, unit, mean, low, high, num_seeds) and the verdicts (claim, role, measure,
         difference, effect, low, high, num_seeds, verdict).
     """
     parts = [costs, *tables.values()]
-    identity = pd.concat([one[["checkpoint", "method", "seed"]] for one in parts]).drop_duplicates()
+    identity = pd.concat([one[["checkpoint", "method", "seed", *axes]] for one in parts])
+    identity = identity.where(identity.notna()).drop_duplicates(ignore_index=True)
     sources = {**tables, "cost": costs}
     values = identity.copy()
     for name, measure in measures.items():
         table = sources[known(measure.probe, sources, f"the probes of measure {name!r}")]
         values[name] = values["checkpoint"].map(measure.of(table))
-        _check_settings(name, values, table)
-        _check_unique(name, values)
+        _check_settings(name, values, table, axes)
+        _check_unique(name, values, axes)
     rows = []
-    for method, group in values.groupby("method", sort=False):
+    for key, group in values.groupby(["method", *axes], sort=False, dropna=False):
         for name, measure in measures.items():
             defined = group[name].dropna().tolist()
             mean, low, high = t_interval(defined) if defined else (float("nan"),) * 3
-            rows.append((method, name, measure.unit, mean, low, high, len(defined)))
-    compared = DataFrame(rows, columns=["method", "measure", "unit", "mean", "low", "high", "num_seeds"])
+            rows.append((*key, name, measure.unit, mean, low, high, len(defined)))
+    compared = DataFrame(rows, columns=["method", *axes, *RESULTS])
     return compared, DataFrame([_judged(claim, values) for claim in claims])
 
 
-def _check_settings(name: str, values: DataFrame, table: DataFrame) -> None:
+def _check_settings(name: str, values: DataFrame, table: DataFrame, axes: Sequence[str]) -> None:
     """Refuse to average over seeds that see the images at another size, on another grid or prepared otherwise."""
     if "setting" not in table:
         return
     settings = values["checkpoint"].map(table.drop_duplicates("checkpoint").set_index("checkpoint")["setting"])
-    for method, group in settings[values[name].notna()].groupby(values["method"]):
+    keys = [values["method"], *(values[axis] for axis in axes)]
+    for (method, *_), group in settings[values[name].notna()].groupby(keys, dropna=False):
         if len(seen := group.dropna().unique().tolist()) > 1:
             raise ValueError(
                 f"Measure {name!r} must be of one setting for all seeds of {method}, got {' and '.join(seen)}; select "
@@ -178,7 +198,9 @@ def write(compared: DataFrame, verdicts: DataFrame, out: Path) -> None:
 
 
 def readable(compared: DataFrame) -> DataFrame:
-    """The comparison as people read it: a row per measure, a column per method, ``mean [low, high]``.
+    """The comparison as people read it: a row per measure (and point of a sweep), a column per method.
+
+    A cell is ``mean [low, high]``; a method that does not depend on where the row stands says the same in each.
 
     Args:
         compared: From ``compare``.
@@ -186,16 +208,74 @@ def readable(compared: DataFrame) -> DataFrame:
     Returns:
         Text.
     """
-    methods = list(dict.fromkeys(compared["method"]))
+    methods, points = list(dict.fromkeys(compared["method"])), points_over(compared, axes_of(compared))
     rows = []
     for name, group in compared.groupby("measure", sort=False):
         unit = group["unit"].iloc[0]
-        row = {"measure": f"{name} [{unit}]" if unit and not pd.isna(unit) else name}
-        for method in methods:
-            one = group[group["method"] == method].iloc[0]
-            row[METHOD_LABELS.get(method, method)] = _interval(one["mean"], one["low"], one["high"])
-        rows.append(row)
+        for point in points:
+            row = {"measure": f"{name} [{unit}]" if unit and not pd.isna(unit) else name}
+            row |= {axis: shown(value) for axis, value in point.items()}
+            here = at(group, point)
+            for method in methods:
+                one = here[here["method"] == method].iloc[0]
+                row[METHOD_LABELS.get(method, method)] = _interval(one["mean"], one["low"], one["high"])
+            rows.append(row)
     return DataFrame(rows)
+
+
+def axes_of(compared: DataFrame) -> list[str]:
+    """Axes of a sweep.
+
+    Args:
+        compared: From ``compare``.
+
+    Returns:
+        Names of the columns that say where a row stands; none for an analysis without a sweep.
+    """
+    return [str(name) for name in compared if name not in ("method", *RESULTS)]
+
+
+def points_over(compared: DataFrame, axes: Sequence[str]) -> list[dict[str, Any]]:
+    """Points of a sweep.
+
+    Args:
+        compared: From ``compare``.
+        axes: Some of its axes.
+
+    Returns:
+        Value on each of these axes, in the order of the table; one empty point where there is none.
+    """
+    if not axes:
+        return [{}]
+    whole = compared[list(axes)].dropna().drop_duplicates()
+    return [dict(zip(axes, row, strict=True)) for row in whole.itertuples(index=False)] or [{}]
+
+
+def at(rows: DataFrame, point: Mapping[str, Any]) -> DataFrame:
+    """Rows of a point of a sweep, with those that do not depend on it.
+
+    Args:
+        rows: With a column per axis.
+        point: Value on each axis that is asked for.
+
+    Returns:
+        Those whose values are the same or none.
+    """
+    for axis, value in point.items():
+        rows = rows[rows[axis].isna() | (rows[axis] == value)]
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A value of an axis as text.
+
+    Args:
+        value: A number, perhaps one that a table made a float, or a name.
+
+    Returns:
+        Without needless digits.
+    """
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def rounded(table: DataFrame) -> DataFrame:
@@ -223,10 +303,10 @@ def markdown(table: DataFrame) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
 
 
-def _check_unique(name: str, values: DataFrame) -> None:
-    """A measure must give one number per method and seed: not one for each of two models."""
+def _check_unique(name: str, values: DataFrame, axes: Sequence[str]) -> None:
+    """A measure must give one number per method, point and seed: not one for each of two models."""
     defined = values[values[name].notna()]
-    if defined.duplicated(["method", "seed"]).any():
+    if defined.duplicated(["method", "seed", *axes]).any():
         raise ValueError(
             f"Measure {name!r} must give one number per method and seed, got one for each of several models. "
             "Choose one: where: model == '...'."
@@ -236,8 +316,8 @@ def _check_unique(name: str, values: DataFrame) -> None:
 def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
     """Effect of a claim, paired by seed, and its verdict."""
     first, second = (
-        values[values["method"] == method].set_index("seed")[claim.measure].dropna().to_dict()
-        for method in claim.methods
+        at(values[values["method"] == method], point).set_index("seed")[claim.measure].dropna().to_dict()
+        for method, point in zip(claim.methods, claim.at, strict=True)
     )
     seeds = first.keys() & second.keys()
     nan = float("nan")
@@ -246,7 +326,10 @@ def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
         "claim": claim.claim,
         "role": claim.role,
         "measure": claim.measure,
-        "difference": " - ".join(METHOD_LABELS.get(method, method) for method in claim.methods),
+        "difference": " - ".join(
+            " ".join([METHOD_LABELS.get(method, method), *(f"{axis}={value}" for axis, value in point.items())])
+            for method, point in zip(claim.methods, claim.at, strict=True)
+        ),
         "effect": effect,
         "low": low,
         "high": high,

@@ -316,7 +316,10 @@ def _with_identity(table: DataFrame) -> DataFrame:
 
 def _groups(table: DataFrame) -> Iterator[DataFrame]:
     """Rows per line."""
-    for (_, _, method, _, _), rows in table.groupby(["model", "data", "method", "epoch", "setting"], sort=False):
+    # Names of checkpoints of a sweep begin with where on its axes they stand, as in "mask_ratio=0.5/vit_nano-...".
+    points = table["checkpoint"].str.extract(r"^(\w+=[^/]*)/", expand=False).fillna("").rename("point")
+    keys = [*(table[name] for name in ("model", "data", "method", "epoch", "setting")), points]
+    for (_, _, method, *_), rows in table.groupby(keys, sort=False):
         checkpoints = rows.drop_duplicates("checkpoint")
         seeds = checkpoints["seed"]
         if method and len(seeds) > 1 and seeds.is_unique:
@@ -338,7 +341,9 @@ def _label(rows: DataFrame, method: str) -> str:
     first = rows.iloc[0]
     readable = METHOD_LABELS.get(method, method)
     if rows["checkpoint"].nunique() > 1:
+        point, slash, _ = str(first["checkpoint"]).partition("/")
         epoch = first["epoch"] and f"epoch {first['epoch']}"
-        return ", ".join(part for part in (readable, first["model"], first["data"], epoch) if part)
+        parts = (readable, slash and point, first["model"], first["data"], epoch)
+        return ", ".join(part for part in parts if part)
     name = str(first["checkpoint"])
     return name if not method or method in name or readable in name else f"{name} ({readable})"

@@ -1,0 +1,180 @@
+"""Sweep: which trainings a grid makes, and their measures over it."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from ssat_probe import drawing
+from ssat_probe.comparison import at, axes_of, points_over, shown
+from ssat_probe.recipe import Recipe, without_effect
+
+Point = dict[str, Any]
+"Where a training stands: its value, or the name of its alternative, on each axis that changes it."
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training of an analysis, and where it stands on the axes of its sweep."""
+
+    recipe: Recipe
+    point: Point
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of this point, ``lambda_weight=0.1``; empty where nothing varies."""
+        return ",".join(f"{word(axis)}={word(value)}" for axis, value in self.point.items())
+
+    @property
+    def name(self) -> str:
+        """Of the training within its analysis: point and run."""
+        return "/".join(filter(None, (self.folder, self.recipe.name)))
+
+
+def planned(
+    shared: Mapping[str, Any],
+    models: Sequence[str],
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    vary: Mapping[str, Any],
+    source: str,
+    fixed: Mapping[str, Any] | None = None,
+) -> list[Planned]:
+    """Trainings of an analysis: every combination, but each training once.
+
+    An axis of ``vary`` is a field of the recipe with a list of values, or a name with alternatives, each of which sets
+    some fields: ``{lambda_weight: [0.1, 0.5], length: {short: {epochs: 10}, long: {epochs: 100}}}``. A method on which
+    an axis has no effect (λ on training from scratch) is trained once for all of its values.
+
+    Args:
+        shared: Fields of all recipes.
+        models: Encoders.
+        seeds: Of the trainings.
+        methods: Of the trainings.
+        vary: The axes.
+        source: Where all this was written; goes into messages.
+        fixed: Values that win over those of the axes, to try a sweep out.
+
+    Returns:
+        In the order of models, points, seeds, methods; an unknown field or a value out of range is a ValueError.
+
+    Raises:
+        ValueError: If two alternatives differ in nothing but signs.
+    """
+    axes = {str(name): _alternatives(str(name), values, source) for name, values in vary.items()}
+    cells: dict[str, Planned] = {}
+    for model, choice, seed, method in itertools.product(
+        models, [dict(zip(axes, one, strict=True)) for one in itertools.product(*axes.values())], seeds, methods
+    ):
+        base = {**shared, "model": model, "method": method, "seed": seed}
+        point = {axis: choice[axis] for axis in axes if _acts(base, axes[axis].values(), source)}
+        changes = {name: value for axis in point for name, value in axes[axis][choice[axis]].items()}
+        cell = Planned(_effective(base, {k: (fixed or {}).get(k, v) for k, v in changes.items()}, source), point)
+        other = cells.setdefault(cell.name, cell)
+        if other.recipe != cell.recipe:
+            raise ValueError(
+                f"The alternatives of {source} must differ in their letters, got two whose folder is {cell.folder!r}; "
+                "rename one."
+            )
+    return list(cells.values())
+
+
+def word(value: Any) -> str:
+    """A value as part of a folder's name.
+
+    Args:
+        value: Of an axis.
+
+    Returns:
+        Letters, digits, signs of numbers, and ``_`` for all else.
+    """
+    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
+
+
+def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
+    """What each value of an axis sets."""
+    if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
+        return {"x".join(map(str, v)) if isinstance(v, list) else v: {axis: v} for v in values}
+    if isinstance(values, dict) and values and all(isinstance(fields, dict) and fields for fields in values.values()):
+        return values
+    raise ValueError(
+        f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
+        f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
+    )
+
+
+def _acts(base: Mapping[str, Any], alternatives: Iterable[Mapping[str, Any]], source: str) -> bool:
+    """Whether any alternative of an axis changes this training."""
+    recipe = Recipe.from_dict(dict(base), source)
+    return any(_effective(base, changes, source) != recipe for changes in alternatives)
+
+
+def _effective(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
+    """Recipe with the changes, without those that have no effect on it."""
+    idle = without_effect(Recipe.from_dict({**base, **changes}, source))
+    return Recipe.from_dict({**base, **{name: value for name, value in changes.items() if name not in idle}}, source)
+
+
+def draw(compared: DataFrame) -> Figure:
+    """Each measure over the first axis of a sweep: a line per method, a panel in its row per value of the other axes.
+
+    A method on which the axis has no effect is a level line. Bands and bars are 95 % t intervals over seeds.
+
+    Args:
+        compared: From ``comparison.compare``: a row per method, point and measure.
+
+    Returns:
+        The figure.
+    """
+    axes = axes_of(compared)
+    first, others = axes[0], axes[1:]
+    facets = points_over(compared, others)
+    measures = list(dict.fromkeys(compared["measure"]))
+    places = _places(compared[first].dropna())
+    with drawing.style():
+        width = min(drawing.PAGE_WIDTH, 3.4 * len(facets))
+        figure, panels = drawing.panels(len(measures), len(facets), width=width, height=1.75 * len(measures))
+        for ax, (measure, facet) in zip(panels, itertools.product(measures, facets), strict=True):
+            rows = at(compared[compared["measure"] == measure], facet)
+            for method, group in rows.groupby("method", sort=False):
+                _line(ax, str(method), group, first, places)
+            unit = rows["unit"].iloc[0] if len(rows) else ""
+            label = f"{measure} [{unit}]" if unit and not pd.isna(unit) else measure
+            title = ", ".join(f"{axis.replace('_', ' ')} {shown(value)}" for axis, value in facet.items())
+            drawing.label_axes(ax, first.replace("_", " "), label, title)
+            ax.set_xticks(list(places.values()), [shown(value) for value in places])
+        drawing.legend_below(
+            figure, "mean over seeds with its 95 % t interval; a level line does not depend on the axis"
+        )
+    return figure
+
+
+def _places(values: "pd.Series[Any]") -> dict[Any, float]:
+    """Where the values of an axis stand, in order; evenly, since grids are seldom linear."""
+    seen = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) for value in seen):
+        seen.sort()
+    return {value: float(place) for place, value in enumerate(seen)}
+
+
+def _line(ax: Axes, method: str, rows: DataFrame, axis: str, places: Mapping[Any, float]) -> None:
+    """One method in one panel."""
+    look = drawing.LOOKS[method]
+    options: Any = {"color": look.colour, "linestyle": look.linestyle, "label": drawing.METHOD_LABELS[method]}
+    level = rows[rows[axis].isna()]
+    if len(level):
+        one = level.iloc[0]
+        ax.axhline(one["mean"], **options)
+        if not pd.isna(one["low"]):
+            ax.axhspan(one["low"], one["high"], color=look.colour, alpha=0.10, linewidth=0)
+        return
+    rows = rows.assign(place=[places[value] for value in rows[axis]]).sort_values("place")
+    spread = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+    errors = None if rows["low"].isna().all() else [part.fillna(0).to_numpy() for part in spread]
+    ax.errorbar(rows["place"], rows["mean"], errors, marker=look.marker, capsize=2, **options)
