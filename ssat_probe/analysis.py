@@ -34,6 +34,18 @@ SMOKE = {"epochs": 1, "subset": 20, "batch_size": 10, "pretrain_epochs": 1, "bud
 "What a recipe is shrunk to, to see that everything runs; the last two only where a sweep sets them."
 
 
+COSTS = {
+    "seconds": "train_s",
+    "images": "images",
+    "multiply_adds": "multiply_adds",
+    "processor_s": "processor_s",
+    "energy_j": "energy_j",
+    "data_wait_s": "data_wait_s",
+    "evaluation_s": "evaluation_s",
+}
+"Columns of cost.csv that are summed over the stages of a training, and what cost.json calls them."
+
+
 @dataclass(frozen=True)
 class Analysis:
     """What an analysis file says."""
@@ -190,6 +202,7 @@ def run(
     costs = _costs(folders, analysis.axes)
     compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, costs, analysis.axes)
     comparison.write(compared, verdicts, out)
+    write_atomically(out / "cost.csv", costs.to_csv(index=False))
     if analysis.axes and len(compared):
         drawing.save(sweep.draw(compared), out / "sweep")
     record = _record(analysis, time.monotonic() - started)
@@ -305,20 +318,22 @@ def _without_doubles(tables: list[DataFrame]) -> DataFrame:
 
 
 def _costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:
-    """Seconds and images of each cell, over its stages."""
+    """What each cell cost, over its stages; empty where a training of an earlier version did not say."""
     rows = []
     for folder, cell in folders.items():
         recipe = cell.recipe
-        stages = json.loads((folder / "cost.json").read_text(encoding="utf-8")).values()
+        stages = DataFrame(json.loads((folder / "cost.json").read_text(encoding="utf-8")).values())
+        summed = {name: stages.get(of, pd.Series([float("nan")])).sum(skipna=False) for name, of in COSTS.items()}
         rows.append(
             {
                 "checkpoint": cell.name,
                 "model": recipe.model,
                 "method": recipe.method,
+                "data": recipe.data,
                 "seed": recipe.seed,
-                **{axis: cell.point.get(axis) for axis in axes},
-                "seconds": sum(stage["train_s"] for stage in stages),
-                "images": sum(stage["images"] for stage in stages),
+                **{axis: cell.point.get(axis, float("nan")) for axis in axes},
+                **summed,
+                "peak_memory_bytes": stages.get("peak_memory_bytes", pd.Series([float("nan")])).max(),
             }
         )
     return DataFrame(rows)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,27 @@ ERASE_CHANCE, ERASE_AREA, ERASE_ASPECT = 0.25, (0.02, 1 / 3), (0.3, 1 / 0.3)
 "He et al. (2021), Table 9, and Zhong et al. (2017), Sec. 3.2, https://arxiv.org/abs/1708.04896."
 
 
-def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator) -> Pixels:
+@dataclass(frozen=True)
+class Share:
+    """Which images of a batch a process holds: image ``first`` and every ``step``-th after it, of ``total``."""
+
+    first: int
+    step: int
+    total: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """This process's rows of what was drawn for the whole batch.
+
+        Args:
+            values: A row per image of the whole batch.
+
+        Returns:
+            A row per image of the share.
+        """
+        return values[self.first :: self.step]
+
+
+def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator, share: Share | None = None) -> Pixels:
     """Images changed at random, each in its own way.
 
     ``none``: unchanged. ``crop``: the border is widened by an eighth of the image (at least one pixel) in the mean
@@ -41,6 +62,8 @@ def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator)
         name: One of ``NAMES``.
         facts: Of the data set: mean colour, and whether mirroring keeps the class.
         generator: On the CPU; the only source of randomness.
+        share: Which part of a larger batch these images are; they are changed as they would be in the whole of it,
+            so that the number of processes that share a batch is no matter.
 
     Returns:
         As ``pixels``, which stay as they are.
@@ -51,23 +74,41 @@ def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator)
     known(name, NAMES, "augmentations")
     if name == "none" or not len(pixels):
         return pixels
-    changed = _crop(pixels, facts, generator) if name != "strong" else _resized_crop(pixels, generator)
+    draws = _Draws(generator, share or Share(0, 1, len(pixels)))
+    changed = _crop(pixels, facts, draws) if name != "strong" else _resized_crop(pixels, draws)
     if name != "crop" and facts.flip:
-        changed = _flip(changed, generator)
+        changed = _flip(changed, draws)
     if name == "strong":
         for _ in range(NUM_OPERATIONS):
-            changed = _random_operation(changed, facts, generator)
-        changed = _erase(changed, facts, generator)
+            changed = _random_operation(changed, facts, draws)
+        changed = _erase(changed, facts, draws)
     return changed
 
 
-def _crop(pixels: Pixels, facts: Facts, generator: torch.Generator) -> Pixels:
+@dataclass(frozen=True)
+class _Draws:
+    """Random numbers, a row per image: drawn for the whole batch, of which a process keeps its share."""
+
+    generator: torch.Generator
+    share: Share
+
+    def rand(self) -> Tensor:
+        return self.share.of(torch.rand(self.share.total, generator=self.generator))
+
+    def randn(self, shape: tuple[int, ...]) -> Tensor:
+        return self.share.of(torch.randn((self.share.total, *shape), generator=self.generator))
+
+    def randint(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
+        return self.share.of(torch.randint(low, high, (self.share.total, *shape), generator=self.generator))
+
+
+def _crop(pixels: Pixels, facts: Facts, draws: _Draws) -> Pixels:
     num_images, channels, height, width = pixels.shape
     down, right = max(1, height // 8), max(1, width // 8)
     padded = _bytes(_colour(facts) * 255).repeat(num_images, 1, height + 2 * down, width + 2 * right)
     padded[..., down:-down, right:-right] = pixels
-    tops = torch.randint(0, 2 * down + 1, (num_images, 1), generator=generator)
-    lefts = torch.randint(0, 2 * right + 1, (num_images, 1), generator=generator)
+    tops = draws.randint(0, 2 * down + 1, (1,))
+    lefts = draws.randint(0, 2 * right + 1, (1,))
     rows, columns = tops + torch.arange(height), lefts + torch.arange(width)
     return padded[
         torch.arange(num_images)[:, None, None, None],
@@ -77,35 +118,33 @@ def _crop(pixels: Pixels, facts: Facts, generator: torch.Generator) -> Pixels:
     ]
 
 
-def _flip(pixels: Pixels, generator: torch.Generator) -> Pixels:
-    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
+def _flip(pixels: Pixels, draws: _Draws) -> Pixels:
+    mirrored = draws.rand() < 0.5
     return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
 
 
-def _resized_crop(pixels: Pixels, generator: torch.Generator) -> Pixels:
-    height, width = _box(pixels, CROP_AREA, CROP_ASPECT, generator)
+def _resized_crop(pixels: Pixels, draws: _Draws) -> Pixels:
+    height, width = _box(pixels, CROP_AREA, CROP_ASPECT, draws)
     # Both in [-1, 1], where the image reaches from -1 to 1: the centre of the box.
-    down = (1 - height) * (2 * torch.rand(len(pixels), generator=generator) - 1)
-    right = (1 - width) * (2 * torch.rand(len(pixels), generator=generator) - 1)
+    down = (1 - height) * (2 * draws.rand() - 1)
+    right = (1 - width) * (2 * draws.rand() - 1)
     none = torch.zeros_like(down)
     return _bytes(_warped(pixels.float(), (width, none, right, none, height, down), "border"))
 
 
-def _erase(pixels: Pixels, facts: Facts, generator: torch.Generator) -> Pixels:
-    inside = _random_boxes(pixels, generator)
-    inside &= (torch.rand(len(pixels), generator=generator) < ERASE_CHANCE)[:, None, None, None]
-    noise = torch.randn(pixels.shape, generator=generator) * torch.tensor(facts.std).view(-1, 1, 1) + _colour(facts)
+def _erase(pixels: Pixels, facts: Facts, draws: _Draws) -> Pixels:
+    inside = _random_boxes(pixels, draws)
+    inside &= (draws.rand() < ERASE_CHANCE)[:, None, None, None]
+    noise = draws.randn(tuple(pixels.shape[1:])) * torch.tensor(facts.std).view(-1, 1, 1) + _colour(facts)
     return torch.where(inside, _bytes(noise * 255), pixels)
 
 
-def _random_boxes(pixels: Pixels, generator: torch.Generator) -> Bool[Tensor, "batch one height width"]:
+def _random_boxes(pixels: Pixels, draws: _Draws) -> Bool[Tensor, "batch one height width"]:
     """Where a pixel's centre lies in the random rectangle of its image."""
     inside = torch.ones(len(pixels), 1, 1, 1, dtype=torch.bool)
-    for share, size, axis in zip(
-        _box(pixels, ERASE_AREA, ERASE_ASPECT, generator), pixels.shape[-2:], (2, 3), strict=True
-    ):
+    for share, size, axis in zip(_box(pixels, ERASE_AREA, ERASE_ASPECT, draws), pixels.shape[-2:], (2, 3), strict=True):
         length = (share * size).round().clamp(min=1)
-        start = (torch.rand(len(pixels), generator=generator) * (size - length + 1)).floor()
+        start = (draws.rand() * (size - length + 1)).floor()
         position = torch.arange(size)
         along = (position >= start[:, None]) & (position < (start + length)[:, None])
         inside = inside & along.view(len(pixels), 1, *((size, 1) if axis == 2 else (1, size)))
@@ -113,12 +152,12 @@ def _random_boxes(pixels: Pixels, generator: torch.Generator) -> Bool[Tensor, "b
 
 
 def _box(
-    pixels: Pixels, area: tuple[float, float], aspect: tuple[float, float], generator: torch.Generator
+    pixels: Pixels, area: tuple[float, float], aspect: tuple[float, float], draws: _Draws
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Height and width of a random box as shares of the image's; one that sticks out is cut off."""
     height, width = pixels.shape[-2:]
-    areas = _uniform(len(pixels), area[0], area[1], generator)
-    ratios = _uniform(len(pixels), math.log(aspect[0]), math.log(aspect[1]), generator).exp()
+    areas = _uniform(area[0], area[1], draws)
+    ratios = _uniform(math.log(aspect[0]), math.log(aspect[1]), draws).exp()
     return (
         (areas / ratios * width / height).sqrt().clamp(max=1),
         (areas * ratios * height / width).sqrt().clamp(max=1),
@@ -136,13 +175,12 @@ class _Draw(NamedTuple):
     "Of what lies outside the image, 0 to 255."
 
 
-def _random_operation(pixels: Pixels, facts: Facts, generator: torch.Generator) -> Pixels:
+def _random_operation(pixels: Pixels, facts: Facts, draws: _Draws) -> Pixels:
     """One operation on about half of the images, images with the same operation together."""
-    shape = (len(pixels), 1, 1, 1)
-    chosen = torch.randint(0, len(OPERATIONS), (len(pixels),), generator=generator)
-    chosen[torch.rand(len(pixels), generator=generator) >= CHANCE] = -1
-    level = (torch.randn(shape, generator=generator) * MAGNITUDE_STD + MAGNITUDE).clamp(0, 10) / 10
-    sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
+    chosen = draws.randint(0, len(OPERATIONS))
+    chosen[draws.rand() >= CHANCE] = -1
+    level = (draws.randn((1, 1, 1)) * MAGNITUDE_STD + MAGNITUDE).clamp(0, 10) / 10
+    sign = draws.randint(0, 2, (1, 1, 1)) * 2.0 - 1
     changed = pixels.clone()
     for number, operation in enumerate(OPERATIONS.values()):
         members = (chosen == number).nonzero().flatten()
@@ -241,8 +279,8 @@ OPERATIONS: dict[str, Callable[[Tensor, _Draw], Tensor]] = {
 "The fifteen of timm's RandAugment in its `inc1` form, where every level means more change."
 
 
-def _uniform(size: int, low: float, high: float, generator: torch.Generator) -> Float[Tensor, " batch"]:
-    return torch.rand(size, generator=generator) * (high - low) + low
+def _uniform(low: float, high: float, draws: _Draws) -> Float[Tensor, " batch"]:
+    return draws.rand() * (high - low) + low
 
 
 def _colour(facts: Facts) -> Float[Tensor, "1 channel 1 1"]:

@@ -22,7 +22,14 @@ class Stage:
     steps: int
     images: int
     multiply_adds_per_image: int
-    "Of all forward passes of a step; the backward passes take about twice as many."
+    "Of all forward passes of a step."
+    training_multiply_adds_per_image: int
+    "Of all forward and backward passes of a step, as torch makes them: products with weights and with activations."
+
+    @property
+    def training_multiply_adds(self) -> int:
+        """Multiply-adds of all passes of the stage, forward and backward."""
+        return self.images * self.training_multiply_adds_per_image
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Budget:
     def steps(self) -> int:
         """Optimiser steps over all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def training_multiply_adds(self) -> int:
+        """Multiply-adds of all passes over all stages, forward and backward."""
+        return sum(stage.training_multiply_adds for stage in self.stages)
 
     @property
     def multiply_adds(self) -> int:
@@ -85,22 +97,28 @@ def budget_of(recipe: Recipe, facts: Facts, num_images: int) -> Budget:
         _num_trainable(encoder),
         _num_trainable(behind) if behind is not None else 0,
         tuple(
-            Stage(name, epochs, epochs * steps, epochs * images, cost[name])
+            Stage(name, epochs, epochs * steps, epochs * images, *cost[name])
             for name, epochs in recipe.stage_epochs.items()
         ),
     )
 
 
-def _multiply_adds(recipe: Recipe, facts: Facts, stage: str, encoder: Encoder, behind: nn.Module | None) -> int:
-    """Multiply-adds of an image in a stage's loss, all passes together."""
+def _multiply_adds(
+    recipe: Recipe, facts: Facts, stage: str, encoder: Encoder, behind: nn.Module | None
+) -> tuple[int, int]:
+    """Multiply-adds of an image in a stage's loss, all passes together; and with those of its gradient."""
     objective = registry.load("objectives", objectives.name_of(recipe, stage)).Objective(recipe, encoder, behind).eval()
     images = torch.empty(recipe.batch_size, facts.channels, *recipe.img_size)
     labels = torch.zeros(recipe.batch_size, dtype=torch.int64)
     noise = torch.linspace(0, 1, encoder.num_tokens, device="cpu").expand(recipe.batch_size, -1)
     views = {"other": images} if objective.num_views == 2 else {}
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        objective(images, labels, noise, **views)
-    return counter.get_total_flops() // 2 // recipe.batch_size
+    counting = FlopCounterMode(display=False)
+    with counting as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = objective(images, labels, noise, **views).total
+        forward = counter.get_total_flops()
+        loss.backward()
+    both = counter.get_total_flops()
+    return forward // 2 // recipe.batch_size, both // 2 // recipe.batch_size
 
 
 def _num_trainable(module: nn.Module) -> int:

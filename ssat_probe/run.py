@@ -36,7 +36,7 @@ class State:
     rows: list[dict[str, Any]] = field(default_factory=list)
     "Finished epochs, one row each."
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    "Seconds and images of each stage."
+    "What each stage has cost so far."
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Run:
     decoder: nn.Module | None
     "What the task puts behind the encoder; only one that predicts pixels goes into checkpoints."
     workers: int
+    multiply_adds_per_image: dict[str, int] = field(default_factory=dict)
+    "Of a training step, forward and backward, by stage."
 
     @property
     def network(self) -> nn.ModuleDict:
@@ -219,7 +221,7 @@ def refuse_without_snapshots(recipe: Recipe, folder: Path) -> None:
 
 
 def write_log(run: Run, state: State) -> None:
-    """Write ``log.csv``, a row per finished epoch, and ``cost.json``, seconds and images per stage.
+    """Write ``log.csv``, a row per finished epoch, and ``cost.json``, what each stage cost.
 
     Args:
         run: Whose folder.

@@ -3,8 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from ssat_probe import objectives, registry
-from ssat_probe.augmentation import augment
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.images import Facts, Images, normalise, split
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
-from ssat_probe.losses import Losses
+from ssat_probe.meter import Meter, peak_memory_bytes
 from ssat_probe.network import build_encoder, resolve
-from ssat_probe.optimisation import build_optimiser, set_rate
+from ssat_probe.optimisation import build_optimiser
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
     Run,
@@ -42,6 +40,7 @@ from ssat_probe.run import (
 )
 from ssat_probe.schedule import learning_rate
 from ssat_probe.table import write_atomically
+from ssat_probe.update import update
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -105,6 +104,7 @@ def train(
     per_epoch = steps_per_epoch(len(run.train), recipe.batch_size)
     total_steps = per_epoch * sum(recipe.stage_epochs.values())
     last_save = time.monotonic()
+    meter = Meter(run.accelerator.device)
 
     while state.stage < len(stages):
         stage, num_epochs = stages[state.stage]
@@ -121,13 +121,13 @@ def train(
                 position = state.epoch + state.step / per_epoch
                 global_step = before * per_epoch + state.epoch * per_epoch + state.step
                 rate = learning_rate(recipe, position, num_epochs)
-                sums = _update(run, objective, optimiser, loaded, global_step, rate)
+                sums = update(run, objective, optimiser, loaded, global_step, rate)
                 if not _is_finite_everywhere(run, sums["loss"]):
                     raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
                 seconds = time.monotonic() - started
                 if average is not None:
                     average.update(run.network, state.epoch * per_epoch + state.step + 1)
-                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited}.items():
+                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited, **meter.lap()}.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
@@ -140,6 +140,7 @@ def train(
             _finish_epoch(run, state, stage, last, average)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
+            meter.lap()  # what is between the steps of two epochs is no step's
         if len(stages) > 1 and state.stage == 0:
             write_checkpoint(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0
@@ -219,7 +220,9 @@ def _start(
     encoder = build_encoder(recipe, facts, with_pretrained=True).to(accelerator.device)
     decoder = objectives.behind_encoder(recipe, facts, encoder)
     decoder = decoder.to(accelerator.device) if decoder is not None else None
-    return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers)
+    budget = budget_of(recipe, facts, len(images[0]))
+    cost = {stage.name: stage.training_multiply_adds_per_image for stage in budget.stages}
+    return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost)
 
 
 def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Path) -> Accelerator:
@@ -275,60 +278,6 @@ def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
     return batches(run.train, [ids[mine] for ids in lists[state.step :]], run.workers)
 
 
-def _update(
-    run: Run, objective: nn.Module, optimiser: Any, loaded: LoadedBatch, global_step: int, rate: float
-) -> dict[str, float]:
-    """One optimiser step; sums over its images, and the gradient norm."""
-    pixels, labels, _ = loaded
-    key = [run.recipe.seed, global_step, run.accelerator.process_index]
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(seed)
-    pixels = augment(pixels, run.recipe.augmentation, run.facts, generator)
-    noise = torch.rand(len(pixels), run.encoder.num_tokens, generator=generator)
-    plain: Any = run.accelerator.unwrap_model(objective)
-    others = augment(loaded[0], run.recipe.augmentation, run.facts, generator) if plain.num_views == 2 else None
-    set_rate(optimiser, rate)
-    device = run.accelerator.device
-    parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
-    sums = {"images": 0.0, "loss": 0.0}
-    with _seeded(seed, device):
-        for part in parts:
-            images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
-            views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
-            synchronise = part is parts[-1]
-            with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
-                losses = objective(images, part_labels, noise[part], **views)
-            run.accelerator.backward(losses.total * (len(part) / len(pixels)))
-            for name, value in _sums(losses, part_labels).items():
-                sums[name] = sums.get(name, 0.0) + value
-    norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
-    optimiser.step()
-    optimiser.zero_grad()
-    if hasattr(plain, "after_step"):
-        plain.after_step()
-    return {**sums, "steps": 1.0, "grad_norm": float(norm)}
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What a network draws itself depends on the step alone; the global generators are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
-    """Loss terms summed over the images of a batch, and the number of correct predictions."""
-    num = len(labels)
-    sums = {"images": float(num), "loss": float(losses.total.detach()) * num}
-    for name in ("cross_entropy", "reconstruction", "auxiliary"):
-        if (value := getattr(losses, name)) is not None:
-            sums[name] = float(value) * num
-    if losses.logits is not None:
-        sums["correct"] = float((losses.logits.argmax(dim=1) == labels).sum())
-    return sums
-
-
 def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: ModelEmaV3 | None) -> None:
     """Evaluate, write the log's row, and start the next epoch's sums."""
     started = time.monotonic()
@@ -368,13 +317,23 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: Mode
         "data_wait_s": sums["data_wait_s"] / processes,
     }
     state.rows.append(row)
-    cost = state.cost.setdefault(stage, {"images": 0.0, "train_s": 0.0, "data_wait_s": 0.0, "evaluation_s": 0.0})
     spent = {"images": num, "train_s": seconds, "data_wait_s": row["data_wait_s"]}
-    for name, value in {**spent, "evaluation_s": time.monotonic() - started}.items():
-        cost[name] += value
+    spent |= {"evaluation_s": time.monotonic() - started, "processor_s": sums.get("processor_s", nan)}
+    energy = sums.get("energy_j", nan) / processes  # each process reads the counters of the whole machine
+    spent |= {} if np.isnan(energy) else {"energy_j": energy}
+    _charge(run, state, stage, spent)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
         run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
+
+
+def _charge(run: Run, state: State, stage: str, spent: dict[str, float]) -> None:
+    """Add an epoch to what the stage has cost."""
+    cost = state.cost.setdefault(stage, {})
+    for name, value in spent.items():
+        cost[name] = cost.get(name, 0.0) + value
+    cost["multiply_adds"] = cost["images"] * run.multiply_adds_per_image[stage]
+    cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak_memory_bytes(run.accelerator.device))
 
 
 def _is_finite_everywhere(run: Run, loss: float) -> bool:

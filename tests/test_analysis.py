@@ -79,12 +79,16 @@ def test_run_writes_all_and_a_second_run_reuses_all(tiny: Path, tmp_path: Path) 
     )
     names = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {f"{name}.{kind}" for name in ("accuracy", "hessian") for kind in ("csv", "json", "png", "pdf")}
-    assert names == tables | {"analysis.json", "claims.csv", "claims.md"} | {
+    assert names == tables | {"analysis.json", "claims.csv", "claims.md", "cost.csv"} | {
         f"comparison.{kind}" for kind in ("csv", "md", "tex")
     }
     assert told[-1][0] == told[-1][1]
     accuracy = pd.read_csv(tmp_path / "out" / "accuracy.csv")
     assert accuracy["checkpoint"].tolist() == [recipe.name for recipe in chosen.recipes]
+    cost = pd.read_csv(tmp_path / "out" / "cost.csv").groupby("method")[["images", "multiply_adds"]].first()
+    budgets = {recipe.method: budget for recipe, budget in analysis.plan(chosen)}
+    for method, budget in budgets.items():
+        assert cost.loc[method].tolist() == [budget.images, budget.training_multiply_adds]
     made = json.loads((tmp_path / "out" / "analysis.json").read_text())
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")}
     second = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssat_probe import augmentation
-from ssat_probe.augmentation import NAMES, augment
+from ssat_probe.augmentation import NAMES, Share, augment
 from ssat_probe.images import Facts
 
 FACTS = Facts(
@@ -59,6 +59,17 @@ def test_the_generator_alone_decides(name: str) -> None:
     torch.manual_seed(11)
     assert torch.equal(augment(pixels(), name, FACTS, generator(5)), first)
     assert torch.equal(augment(pixels(), name, FACTS, generator(6)), first) == (name == "none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("processes", [2, 3, 11])
+def test_images_are_changed_as_in_the_whole_batch_however_many_share_it(name: str, processes: int) -> None:
+    images = pixels(num_images=7, channels=3)
+    whole = augment(images, name, FACTS, generator(5))
+    for first in range(processes):
+        share = Share(first, processes, len(images))
+        got = augment(share.of(images), name, FACTS, generator(5), share)
+        assert torch.equal(got, share.of(whole))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

@@ -3,8 +3,13 @@
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from ssat_probe import objectives, registry
 from ssat_probe.budget import budget_of, steps_per_epoch
+from ssat_probe.network import build_encoder
 
 Make = Callable[..., tuple]
 
@@ -142,3 +147,24 @@ def test_images_and_steps_over_the_stages(make_recipe: Make) -> None:
     assert (budget.steps, budget.images) == (16, 1024)
     small = budget_of(*make_recipe(method="scratch", epochs=3, batch_size=64), 37)
     assert (small.steps, small.images) == (3, 111)
+
+
+def test_the_backward_pass_costs_twice_the_forward_one_but_for_the_gradient_of_the_pixels(make_recipe: Make) -> None:
+    recipe, facts = make_recipe((32, 32), 3, 10, model="vit_tiny", method="scratch", patch_size=4)
+    (stage,) = budget_of(recipe, facts, 100).stages
+    assert stage.training_multiply_adds_per_image == 3 * stage.multiply_adds_per_image - 64 * 48 * 192
+
+
+@pytest.mark.parametrize("method", ["scratch", "ssl_ft", "ssat"])
+def test_the_cost_of_a_step_is_what_torch_counts_in_a_real_one(make_recipe: Make, method: str) -> None:
+    recipe, facts = make_recipe((8, 8), 1, 10, method=method, batch_size=7)
+    encoder = build_encoder(recipe, facts)
+    behind = objectives.behind_encoder(recipe, facts, encoder)
+    for stage in budget_of(recipe, facts, 100).stages:
+        encoder.zero_grad()
+        name = objectives.name_of(recipe, stage.name)
+        objective = registry.load("objectives", name).Objective(recipe, encoder, behind)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            objective(torch.rand(7, 1, 8, 8), torch.zeros(7, dtype=torch.long), torch.rand(7, 16)).total.backward()
+        assert counter.get_total_flops() == 2 * 7 * stage.training_multiply_adds_per_image
+        assert stage.training_multiply_adds == stage.images * stage.training_multiply_adds_per_image

@@ -25,6 +25,7 @@ from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, sav
 from ssat_probe.data import open_dataset
 from ssat_probe.images import normalise, split
 from ssat_probe.loading import epoch_order
+from ssat_probe.meter import POWERCAP
 from ssat_probe.network import build_encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import evaluate, plan, train
@@ -447,6 +448,12 @@ def test_the_budget_announced_is_what_is_spent(tmp_path: Path, method: str) -> N
     checkpoint = train(recipe, tmp_path, device="cpu")
     cost = json.loads((checkpoint.path.parent / "cost.json").read_text())
     assert {stage.name: stage.images for stage in budget.stages} == {name: cost[name]["images"] for name in cost}
+    for stage in budget.stages:
+        spent = cost[stage.name]
+        assert spent["multiply_adds"] == stage.training_multiply_adds
+        assert 0 < spent["processor_s"] <= 1.5 * (spent["train_s"] + 0.1)  # one thread
+        assert spent["peak_memory_bytes"] > 1e8  # torch alone takes more
+        assert ("energy_j" in spent) == bool(list(POWERCAP.glob("intel-rapl:*/energy_uj")))
     assert resolved == checkpoint.recipe
     stored = {name: value for name, value in checkpoint.state.items() if not name.endswith("pos_embed")}
     assert sum(v.numel() for v in stored.values()) == budget.encoder_parameters + budget.decoder_parameters
@@ -501,7 +508,7 @@ from ssat_probe.recipe import Recipe
 from ssat_probe.training import train
 
 def run(method, folder):
-    train(Recipe(method=method, subset=24, batch_size=8, epochs=2, augmentation="none", base_lr=1e-2,
+    train(Recipe(method=method, subset=24, batch_size=8, epochs=2, augmentation="strong", base_lr=1e-2,
                  warmup_epochs=0), folder, device="cpu", save_every_s=0)
 
 if __name__ == "__main__":
@@ -517,15 +524,15 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for method in METHODS:
-        recipe = tiny(method, subset=24, batch_size=8, augmentation="none", warmup_epochs=0)
+        recipe = tiny(method, subset=24, batch_size=8, augmentation="strong", warmup_epochs=0)
         two = load_checkpoint(tmp_path / "two" / recipe.name / f"{method}.pt")
         log, cost = log_of(two), json.loads((two.path.parent / "cost.json").read_text())
         assert all(values["images"] == 48 for values in cost.values())
         assert np.isfinite(log["loss"]).all()
-        if method == "scratch":  # nothing is drawn at random, so it is the same run but for rounding
-            one = train(recipe, tmp_path / "one", device="cpu")
-            np.testing.assert_allclose(log["loss"], log_of(one)["loss"], rtol=1e-3)
-            np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
+        # Order, augmentation and masks are those of one process, so it is the same run but for rounding.
+        one = train(recipe, tmp_path / "one", device="cpu")
+        np.testing.assert_allclose(log["loss"], log_of(one)["loss"], rtol=1e-3)
+        np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
 
 
 NORMED = """

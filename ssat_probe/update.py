@@ -1,0 +1,90 @@
+"""One step of the optimiser: augment, mask, backward, step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssat_probe.augmentation import Share, augment
+from ssat_probe.images import normalise
+from ssat_probe.loading import LoadedBatch
+from ssat_probe.losses import Losses
+from ssat_probe.optimisation import set_rate
+from ssat_probe.recipe import Recipe
+from ssat_probe.run import Run
+
+
+def update(
+    run: Run, objective: nn.Module, optimiser: Any, loaded: LoadedBatch, global_step: int, rate: float
+) -> dict[str, float]:
+    """Make one step of the optimiser.
+
+    Args:
+        run: Whose network.
+        objective: Of the stage, as the engine prepared it.
+        optimiser: Of the stage.
+        loaded: This process's images of the batch.
+        global_step: Steps done before it, over all stages.
+        rate: Learning rate.
+
+    Returns:
+        Sums over this process's images, the number of steps, and the gradient norm.
+    """
+    pixels, labels, _ = loaded
+    # Augmentation and masks are drawn for the whole batch, whichever process holds an image; what a network draws
+    # itself (drop path, mixup) it draws for the images it sees.
+    generator = torch.Generator().manual_seed(_seed_of(run.recipe, global_step, 0))
+    seed = _seed_of(run.recipe, global_step, run.accelerator.process_index)
+    total = min(run.recipe.batch_size, len(run.train))
+    share = Share(run.accelerator.process_index, run.accelerator.num_processes, total)
+    pixels = augment(pixels, run.recipe.augmentation, run.facts, generator, share)
+    noise = share.of(torch.rand(total, run.encoder.num_tokens, generator=generator))
+    plain: Any = run.accelerator.unwrap_model(objective)
+    others = augment(loaded[0], run.recipe.augmentation, run.facts, generator, share) if plain.num_views == 2 else None
+    set_rate(optimiser, rate)
+    device = run.accelerator.device
+    parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
+    sums = {"images": 0.0, "loss": 0.0}
+    with _seeded(seed, device):
+        for part in parts:
+            images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
+            views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
+            synchronise = part is parts[-1]
+            with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
+                losses = objective(images, part_labels, noise[part], **views)
+            run.accelerator.backward(losses.total * (len(part) / len(pixels)))
+            for name, value in _sums(losses, part_labels).items():
+                sums[name] = sums.get(name, 0.0) + value
+    norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
+    optimiser.step()
+    optimiser.zero_grad()
+    if hasattr(plain, "after_step"):
+        plain.after_step()
+    return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+
+
+def _seed_of(recipe: Recipe, global_step: int, process: int) -> int:
+    return int(np.random.SeedSequence([recipe.seed, global_step, process]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What a network draws itself depends on the step alone; the global generators are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _sums(losses: Losses, labels: Tensor) -> dict[str, float]:
+    """Loss terms summed over the images of a batch, and the number of correct predictions."""
+    num = len(labels)
+    sums = {"images": float(num), "loss": float(losses.total.detach()) * num}
+    for name in ("cross_entropy", "reconstruction", "auxiliary"):
+        if (value := getattr(losses, name)) is not None:
+            sums[name] = float(value) * num
+    if losses.logits is not None:
+        sums["correct"] = float((losses.logits.argmax(dim=1) == labels).sum())
+    return sums
