@@ -274,6 +274,7 @@ def _relation_command(name: str) -> Callable[..., None]:
         from ssat_probe.probe import folder_name
 
         out = out or Path("figures") / folder_name(ckpt)
+        _say(runner.estimate(relation, ckpt, sample))
         table = runner.run(relation, ckpt, sample, out)
         _print_table(relation.summary(table))
         _say(f"Wrote {out / name}.csv, .json, .png and .pdf")

@@ -87,16 +87,24 @@ def pace_of(terms: Terms, jobs: int = 1) -> Pace:
         From medians of three, after one that does not count.
     """
     threads = torch.get_num_threads()
-    alone = _seconds(terms)
+    alone = seconds_per_point(terms)
     at_once = min(threads, MOST_AT_ONCE)
     if at_once == 1 or jobs > 1 or terms.device.type != "cpu":
         return Pace(alone / jobs, 1)
     with _threads(threads // at_once):
-        together = _seconds(terms) / at_once
+        together = seconds_per_point(terms) / at_once
     return Pace(together, at_once) if together < PAYS_BELOW * alone else Pace(alone, 1)
 
 
-def _seconds(terms: Terms) -> float:
+def seconds_per_point(terms: Terms) -> float:
+    """What a point costs, where the parameters are.
+
+    Args:
+        terms: Of the grid.
+
+    Returns:
+        Median of three, after one that does not count.
+    """
     seconds = []
     for _ in range(4):
         started = time.perf_counter()

@@ -24,6 +24,13 @@ class Relation(Protocol):
     split: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
 
+    @property
+    def budget_s(self) -> float:
+        """Seconds that it may take."""
+
+    def num_points(self, num_checkpoints: int) -> int:
+        """Points of parameter space at which it looks at the images."""
+
     def measure(self, subjects: "Sequence[Subject]", labels: Sequence[str]) -> "DataFrame":
         """The table for these subjects, whose names are the labels."""
 
@@ -52,6 +59,26 @@ def make(name: str, **options: Any) -> Relation:
     return relation
 
 
+def estimate(relation: Relation, paths: Sequence[Path], sample: Sample) -> str:
+    """What a measurement will cost, before it begins.
+
+    Args:
+        relation: With its options.
+        paths: Checkpoints; the first one is tried.
+        sample: Which images.
+
+    Returns:
+        A line; more than the relation's budget is a ValueError.
+    """
+    from ssat_probe.subject import Subject
+
+    num = relation.num_points(len(paths))
+    seconds = _seconds_per_point(Subject.of(paths[0], sample, relation.split))
+    _refuse_too_much(relation, num, seconds)
+    name = type(relation).__module__.rpartition(".")[2]
+    return f"{name}: {num} points of {seconds:.3g} s: about {num * seconds:.0f} s"
+
+
 def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tuple["DataFrame", dict[str, Any]]:
     """Table of a relation between some checkpoints, and the record of how it was made.
 
@@ -61,7 +88,8 @@ def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tu
         sample: Which images.
 
     Returns:
-        The table, and the record as plain data; checkpoints of different architectures are a ValueError.
+        The table, and the record as plain data; checkpoints of different architectures are a ValueError, and so is more
+        than the relation's budget.
     """
     from ssat_probe.subject import Subject
 
@@ -73,6 +101,7 @@ def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tu
         labels.append(f"{label} ({path.stem})" if label in labels else label)
         if labels.count(labels[-1]) > 1:
             labels[-1] = f"{label} ({path})"
+    _refuse_too_much(relation, relation.num_points(len(subjects)), _seconds_per_point(subjects[0]))
     table = relation.measure(subjects, labels)
     seen = [seen_of(*one) for one in zip(subjects, paths, labels, strict=True)]
     return table, record_of(relation, sample, seen, str(subjects[0].device), time.monotonic() - started)
@@ -119,3 +148,19 @@ def draw(name: str, table: "DataFrame") -> "Figure":
                 f"A table of {name} must have a column {column.name!r}, got none; pass one that {name} wrote."
             )
     return relation.draw(table)
+
+
+def _seconds_per_point(subject: "Subject") -> float:
+    from ssat_probe.grid import seconds_per_point
+    from ssat_probe.terms import Terms
+
+    return seconds_per_point(Terms(subject, subject.parameters("cross_entropy")))
+
+
+def _refuse_too_much(relation: Relation, num: int, seconds: float) -> None:
+    """Refuse before any work."""
+    if num * seconds > relation.budget_s:
+        raise ValueError(
+            f"What is looked at must fit into budget_s, {relation.budget_s:g} s, got {num} points that would take "
+            f"{num * seconds:.0f} s; take fewer points, images or checkpoints, or more budget_s."
+        )

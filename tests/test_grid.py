@@ -85,7 +85,7 @@ def test_several_points_at_once_where_that_is_measured_to_be_faster(
     look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {1: 1.0, 4: 0.0}
-    monkeypatch.setattr(grid, "_seconds", lambda terms: seconds[torch.get_num_threads()])
+    monkeypatch.setattr(grid, "seconds_per_point", lambda terms: seconds[torch.get_num_threads()])
     torch.set_num_threads(4)
     try:
         for of_four, expected in ((0.5, Pace(0.25, 4)), (0.27, Pace(0.27, 1)), (0.2, Pace(0.2, 1))):

@@ -1,6 +1,7 @@
 """The runner of relations: files, records, drawing again, and what the command says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ssat_probe import cli, registry, relation, report
 from ssat_probe.sample import Sample
 from ssat_probe.table import read_table
+from ssat_probe.terms import Terms
 
 Paths = dict[str, Path]
 SAMPLE = Sample(num_images=7, batch_size=7, device="cpu")
@@ -40,6 +42,42 @@ def test_an_unknown_relation_or_option_is_named() -> None:
         relation.make("pth")
     with pytest.raises(ValueError, match=r"No 'point' in the options of path: .* Did you mean 'points'"):
         relation.make("path", point=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "num"),
+    [
+        ("plane", {"points": 5}, 5 * 5 + 2 * 3),
+        ("path", {"points": 5}, 3 * 5),
+        ("path", {"points": 5, "bend_steps": 2}, 3 * (2 * 5 + 3 * 2)),
+    ],
+)
+def test_cost_is_known_and_what_is_over_the_budget_refused_before_any_work(
+    checkpoints: Paths, name: str, options: dict[str, int], num: int
+) -> None:
+    paths = list(checkpoints.values())
+    assert re.fullmatch(
+        rf"{name}: {num} points of \S+ s: about \d+ s", relation.estimate(relation.make(name, **options), paths, SAMPLE)
+    )
+    tight = relation.make(name, budget_s=1e-9, **options)
+    for start in (relation.estimate, relation.measure_all):
+        with pytest.raises(
+            ValueError, match=rf"fit into budget_s, 1e-09 s, got {num} points that would take \d+ s; take"
+        ):
+            start(tight, paths, SAMPLE)
+
+
+@pytest.mark.parametrize("name", registry.names("relations"))
+def test_the_number_of_points_is_that_of_the_looks_at_the_images(
+    checkpoints: Paths, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    found = Terms.__call__
+    monkeypatch.setattr(Terms, "__call__", lambda self: (counted.append(1), found(self))[1])
+    monkeypatch.setattr(relation, "_seconds_per_point", lambda subject: 0.0)
+    one = relation.make(name, points=3)
+    relation.measure_all(one, list(checkpoints.values()), SAMPLE)
+    assert len(counted) == one.num_points(3)
 
 
 def test_the_same_run_twice_has_two_labels(checkpoints: Paths, tmp_path: Path) -> None:

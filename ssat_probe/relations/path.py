@@ -30,6 +30,8 @@ class Relation:
     "Loss that the curve is to keep low: cross_entropy, reconstruction or joint."
     seed: int = 0
     "Of that training."
+    budget_s: float = 600.0
+    "Refuse what would take longer than this, estimated from the first points."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -44,6 +46,18 @@ class Relation:
         Column("standard_error", "", "over images; empty for what is no mean over images"),
         Column("unit", "", "of value and standard error"),
     )
+
+    def num_points(self, num_checkpoints: int) -> int:
+        """Points of all paths; a step of a curve's training counts as three, though it takes one batch alone.
+
+        Args:
+            num_checkpoints: How many.
+
+        Returns:
+            Known before any work.
+        """
+        num_pairs = num_checkpoints * (num_checkpoints - 1) // 2
+        return num_pairs * (self.points * (1 + (self.bend_steps > 0)) + 3 * self.bend_steps)
 
     def measure(self, subjects: "Sequence[Subject]", labels: Sequence[str]) -> "DataFrame":
         """Paths from each checkpoint to each later one.

@@ -22,6 +22,8 @@ class Relation:
     "Points along each axis."
     margin: float = 0.25
     "How far the picture reaches beyond the checkpoints, as a share of their span."
+    budget_s: float = 600.0
+    "Refuse what would take longer than this, estimated from the first points."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -40,6 +42,17 @@ class Relation:
         Column("standard_error", "", "over images; empty for what is no mean over images"),
         Column("unit", "", "of value and standard error"),
     )
+
+    def num_points(self, num_checkpoints: int) -> int:
+        """Points of the surface, and each checkpoint by itself and where it is projected.
+
+        Args:
+            num_checkpoints: How many.
+
+        Returns:
+            Known before any work.
+        """
+        return self.points**2 + 2 * num_checkpoints
 
     def measure(self, subjects: "Sequence[Subject]", labels: Sequence[str]) -> "DataFrame":
         """Surface on the plane, and the checkpoints beside what the plane says of them.
