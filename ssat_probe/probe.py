@@ -299,9 +299,7 @@ class _Subjects:
         for done, path in enumerate(self._paths):
             self._progress(done, len(self._paths), str(path))
             subject = Subject.of(path, self._sample, self._probe.split, self._source)
-            label = subject.checkpoint.label
-            if label in [entry["checkpoint"] for entry in self.seen]:
-                label = f"{label} ({path})"
+            label = distinct_label(subject.checkpoint.label, path, [entry["checkpoint"] for entry in self.seen])
             untrained.setdefault(_twin_label(subject), path)
             self._remember(subject, label, str(path), subject.checkpoint.recipe.method)
             yield label, subject
@@ -320,6 +318,21 @@ class _Subjects:
             | {"epoch": checkpoint.epoch, "setting": subject.setting}
         )
         self.seen.append(seen_of(subject, path, label))
+
+
+def distinct_label(label: str, path: Path, taken: Sequence[str]) -> str:
+    """Name of a checkpoint among others, where several may be of one run.
+
+    Args:
+        label: Its own.
+        path: Of its file.
+        taken: Names of the others.
+
+    Returns:
+        Its own if it is free, else with the file's stem behind it, else with the whole path.
+    """
+    with_stem = f"{label} ({path.stem})"
+    return label if label not in taken else with_stem if with_stem not in taken else f"{label} ({path})"
 
 
 def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:

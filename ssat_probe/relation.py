@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry
-from ssat_probe.probe import record_of, seen_of
+from ssat_probe.probe import distinct_label, record_of, seen_of
 from ssat_probe.sample import Sample
 from ssat_probe.table import Column, check_writable, read_table, write_table
 
@@ -97,10 +97,7 @@ def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tu
     subjects = [Subject.of(path, sample, relation.split) for path in paths]
     labels: list[str] = []
     for subject, path in zip(subjects, paths, strict=True):
-        label = subject.checkpoint.label
-        labels.append(f"{label} ({path.stem})" if label in labels else label)
-        if labels.count(labels[-1]) > 1:
-            labels[-1] = f"{label} ({path})"
+        labels.append(distinct_label(subject.checkpoint.label, path, labels))
     _refuse_too_much(relation, relation.num_points(len(subjects)), _seconds_per_point(subjects[0]))
     table = relation.measure(subjects, labels)
     seen = [seen_of(*one) for one in zip(subjects, paths, labels, strict=True)]

@@ -27,10 +27,13 @@ def test_the_identity_stands_in_front(checkpoints: Paths) -> None:
 
 
 def test_labels_are_unique_where_two_files_hold_the_same_run(checkpoints: Paths, tmp_path: Path) -> None:
-    copy = tmp_path / "copy.pt"
-    copy.write_bytes(checkpoints["ssat"].read_bytes())
-    table = probe.measure("accuracy", [checkpoints["ssat"], copy], num_images=13, device="cpu")
-    assert table["checkpoint"].tolist() == ["vit_nano-digits-ssat-seed0", f"vit_nano-digits-ssat-seed0 ({copy})"]
+    copies = [tmp_path / "copy.pt", tmp_path / "other" / "copy.pt"]
+    copies[1].parent.mkdir()
+    for copy in copies:
+        copy.write_bytes(checkpoints["ssat"].read_bytes())
+    table = probe.measure("accuracy", [checkpoints["ssat"], *copies], num_images=13, device="cpu")
+    name = "vit_nano-digits-ssat-seed0"
+    assert table["checkpoint"].tolist() == [name, f"{name} (copy)", f"{name} ({copies[1]})"]
 
 
 def test_options_are_those_of_the_probe_and_of_the_sample(checkpoints: Paths) -> None:
