@@ -75,6 +75,9 @@ _COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#
 _MARKERS = "os^DvP<X>p"
 _DASHES = ("-", "--", "-.", ":")
 
+# Markers of a line; more of them hide its dashes.
+_MOST_MARKERS = 16
+
 _NEUTRAL = "#e8e8e8"
 
 
@@ -122,7 +125,7 @@ def series(table: DataFrame) -> list[Series]:
         table: A probe's table with the identity columns; other identity columns than ``checkpoint`` may be missing.
 
     Returns:
-        In the order scratch, SSL+FT, SSAT, others; then in the order of the table.
+        In the order scratch, SSL+FT, SSAT, others, untrained; then in the order of the table.
 
     Raises:
         ValueError: If there is no column ``checkpoint``, or no row.
@@ -162,7 +165,7 @@ def lines_with_band(ax: Axes, table: DataFrame, x: str, y: str, **line: Any) -> 
         What was drawn, one entry per line.
     """
     drawn = series(table)
-    for one in drawn:
+    for place, one in enumerate(drawn):
         values = one.table.pivot_table(index=x, columns="checkpoint", values=y, aggfunc="mean", dropna=False)
         intervals = [t_interval(row) for row in values.to_numpy(dtype=float).tolist()]
         positions = values.index.to_numpy(dtype=float)
@@ -170,7 +173,9 @@ def lines_with_band(ax: Axes, table: DataFrame, x: str, y: str, **line: Any) -> 
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             face, edge = (one.look.colour, 0.16), (one.look.colour, 0.6)  # the edge tells overlapping bands apart
             ax.fill_between(positions, low, high, facecolor=face, edgecolor=edge, linewidth=0.5)
-        look = {"color": one.look.colour, "marker": one.look.marker, "linestyle": one.look.linestyle}
+        look: dict[str, Any] = {"color": one.look.colour, "marker": one.look.marker, "linestyle": one.look.linestyle}
+        step = -(-len(positions) // _MOST_MARKERS)
+        look["markevery"] = (place % step, step)  # not all at the same places, so that they do not hide each other
         ax.plot(positions, [i.mean for i in intervals], label=one.label, **look | line)
     return drawn
 
@@ -329,7 +334,9 @@ def _groups(table: DataFrame) -> Iterator[DataFrame]:
 
 
 def _rank(method: str) -> int:
-    return list(LOOKS).index(method) if method in LOOKS else len(LOOKS)
+    """Untrained networks are what the others are compared with, and come last."""
+    order = [name for name in LOOKS if name != "untrained"]
+    return order.index(method) if method in order else len(order) + (method == "untrained")
 
 
 def _spare_look(i: int) -> Look:

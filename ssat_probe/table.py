@@ -202,4 +202,4 @@ def read_table(path: Path) -> "DataFrame":
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a table written by a probe, got no such file.")
-    return pd.read_csv(path)
+    return pd.read_csv(path, low_memory=False)  # one type per column however long it is

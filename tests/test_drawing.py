@@ -105,6 +105,18 @@ def test_legend_of_twelve_entries_stays_within_the_figure_and_below_the_panel():
     assert panel.height > 0.5 * 2.6 * figure.dpi
 
 
+def test_untrained_networks_are_the_last_line_whatever_stands_before_them():
+    lines = drawing.series(table(["untrained", "", "ssat"], [0]))
+    assert [one.label for one in lines] == ["SSAT", "vit_nano-digits-foreign-seed0", "untrained"]
+
+
+def test_markers_of_long_lines_are_few_and_do_not_hide_each_other():
+    _, ax, _ = drawn(table(["scratch", "ssat"], [0], blocks=49))
+    assert [line.get_markevery() for line in ax.get_lines()] == [(0, 4), (1, 4)]
+    _, ax, _ = drawn(table(["scratch", "ssat"], [0], blocks=12))
+    assert [line.get_markevery() for line in ax.get_lines()] == [(0, 1), (0, 1)]
+
+
 def test_models_are_never_averaged_over():
     data = pd.concat([table(["ssat"], [0, 1], "vit_nano"), table(["ssat"], [0, 1], "vit_tiny")])
     lines = drawn(data)[2]

@@ -83,6 +83,13 @@ def test_the_record_is_gone_before_the_table_changes_and_back_after(
     assert path.with_suffix(".json").exists()
 
 
+def test_a_long_table_with_an_empty_method_is_read_without_a_warning(tmp_path: Path) -> None:
+    """pandas judges types by pieces of a file, and warns where a piece of empty texts looks like numbers."""
+    table = pd.DataFrame({"method": [""] * 300_000 + ["untrained"] * 300_000, "value": 1.5})
+    write_table(table, tmp_path / "long.csv", {})
+    assert read_table(tmp_path / "long.csv")["method"].iloc[-1] == "untrained"
+
+
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.csv must be a table written by a probe, got no such file"):
         read_table(tmp_path / "a.csv")
