@@ -44,6 +44,7 @@ def train(
     device: str = "",
     tracker: str = "",
     snapshots: bool = False,
+    gradients_every: int = 0,
     plan: bool = False,
 ) -> None:
     """Train a model: from scratch, SSL+FT or SSAT.
@@ -57,6 +58,7 @@ def train(
         device: cpu, or empty for the fastest there is.
         tracker: A tracker of accelerate to log to as well, such as tensorboard.
         snapshots: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... epochs of each stage.
+        gradients_every: Log the cosine between the gradients of classification and task every so many steps of ssat.
         plan: Print the budget and stop.
 
     Raises:
@@ -76,7 +78,7 @@ def train(
     with _progress() as progress:
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            snapshots=snapshots, progress=progress,
+            snapshots=snapshots, gradients_every=gradients_every, progress=progress,
         )  # fmt: skip
     _say(f"Wrote {checkpoint.path}")
 

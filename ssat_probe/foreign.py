@@ -59,6 +59,11 @@ class Origin:
     "Unknown, so nothing is augmented."
 
     @property
+    def lambda_ends(self) -> tuple[float, float]:
+        """λ at the beginning and at the end of the training."""
+        return self.lambda_weight, self.lambda_weight
+
+    @property
     def name(self) -> str:
         """Name of a run: there is none but the model's."""
         return self.model

@@ -20,6 +20,8 @@ Task = Literal["reconstruction", "simmim", "contrastive", "dino"]
 View = Literal["full", "masked"]
 Distance = Literal["mse", "l1"]
 Optimiser = Literal["adamw", "sgd"]
+LambdaSchedule = Literal["constant", "linear", "cosine"]
+Selection = Literal["last", "best"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,18 @@ class Recipe:
     momentum: float = 0.0
     "Momentum of sgd: a step is base_lr times the sum of the gradients, each older one times this once more."
 
+    lambda_schedule: LambdaSchedule = "constant"
+    "How λ goes from lambda_weight to lambda_end over the training of ssat: constant (not at all), linear or cosine."
+
+    lambda_end: float | None = None
+    "Weight of classification at the end of a schedule; none with a constant one."
+
+    init_from: str = ""
+    "Checkpoint, ours or foreign, whose encoder the training begins with; its head stays fresh. Empty means none."
+
+    select: Selection = "last"
+    "Weights to keep: of the last epoch, or of the one with the best accuracy on the validation images (best)."
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
@@ -172,7 +186,12 @@ class Recipe:
     @property
     def has_task(self) -> bool:
         """Whether a stage trains on the self-supervised task."""
-        return self.method == "ssl_ft" or (self.method == "ssat" and self.lambda_weight < 1)
+        return self.method == "ssl_ft" or (self.method == "ssat" and min(self.lambda_ends) < 1)
+
+    @property
+    def lambda_ends(self) -> tuple[float, float]:
+        """λ at the beginning and at the end of the training."""
+        return self.lambda_weight, self.lambda_weight if self.lambda_end is None else self.lambda_end
 
     @property
     def reconstructs(self) -> bool:
@@ -238,12 +257,15 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         Why each of them has no effect, by its name.
     """
     masks = recipe.has_task and recipe.reconstructs
-    classifies = recipe.method != "ssat" or recipe.lambda_weight > 0
+    classifies = recipe.method != "ssat" or max(recipe.lambda_ends) > 0
     lone = f"method {recipe.method}" + (
         f" with lambda_weight {recipe.lambda_weight:g}" if recipe.method == "ssat" else ""
     )
     reasons = {
         "lambda_weight": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
+        "lambda_schedule": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
+        "lambda_end": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
+        "select": "" if classifies else f"{lone} does not classify",
         "pretrain_epochs": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has no pre-training",
         "budget": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has one stage",
         "label_smoothing": "" if classifies else f"{lone} does not classify",
@@ -304,6 +326,11 @@ def _check_ranges(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be {must}, got {getattr(recipe, name)!r}.")
 
     check("lambda_weight", 0 <= recipe.lambda_weight <= 1, "between 0 and 1")
+    if recipe.lambda_schedule == "constant":
+        check("lambda_end", recipe.lambda_end is None, "left out with lambda_schedule constant")
+    else:
+        check("lambda_end", recipe.lambda_end is not None, f"given with lambda_schedule {recipe.lambda_schedule}")
+        check("lambda_end", 0 <= (recipe.lambda_end or 0) <= 1, "between 0 and 1")
     check("mask_ratio", 0 < recipe.mask_ratio < 1, "between 0 and 1, both excluded")
     check("label_smoothing", 0 <= recipe.label_smoothing < 1, "at least 0 and below 1")
     if recipe.subset is not None:

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ssat_probe.checkpoint import Checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
 from ssat_probe.images import Facts, Images
 from ssat_probe.network import Encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.table import write_atomically
 
 STATE_FILE = "training_state.pt"
+BEST_FILE = "best.pt"
 
 
 @dataclass
@@ -37,6 +38,10 @@ class State:
     "Finished epochs, one row each."
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
     "What each stage has cost so far."
+    best: float = -1.0
+    "Best accuracy on the validation images so far, where the weights that had it are to be kept."
+    best_epoch: int = 0
+    "Epochs of the last stage after which it was."
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,9 @@ def write_checkpoint(
     network: dict[str, nn.Module] = dict((run.network if average is None else average).named_children())
     weights = state_of(network["encoder"], network.get("decoder") if run.recipe.reconstructs else None)
     epoch = run.recipe.stage_epochs[stage]
+    if state.best_epoch and path.stem == run.recipe.method:
+        weights, epoch = load_checkpoint(run.folder / BEST_FILE).state, state.best_epoch
+        run.accelerator.wait_for_everyone()  # the file goes below
     stage = stage if average is None else f"{stage}-ema"
     checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
     if run.accelerator.is_main_process:
@@ -144,7 +152,25 @@ def write_checkpoint(
         save_checkpoint(checkpoint)
         if path.stem == run.recipe.method:
             (run.folder / STATE_FILE).unlink(missing_ok=True)
+            (run.folder / BEST_FILE).unlink(missing_ok=True)
     return checkpoint
+
+
+def keep_best(run: Run, state: State, stage: str) -> None:
+    """Keep the weights as they are if no epoch before was as accurate on the validation images.
+
+    Args:
+        run: Whose weights.
+        state: Its log, of whose last epoch the weights are; remembers the best.
+        stage: That is going on.
+    """
+    accuracy = state.rows[-1]["val_accuracy"]
+    if accuracy > state.best:  # never where it was not looked at
+        state.best, state.best_epoch = accuracy, state.epoch
+        if run.accelerator.is_main_process:
+            weights = state_of(run.encoder, run.decoder if run.recipe.reconstructs else None)
+            save_checkpoint(Checkpoint(run.folder / BEST_FILE, run.recipe, run.facts, stage, state.epoch, weights))
+    run.accelerator.wait_for_everyone()
 
 
 def share_statistics(run: Run) -> None:

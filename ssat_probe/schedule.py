@@ -1,4 +1,4 @@
-"""Learning rate as a function of the epoch, and the curvature that it bears."""
+"""Learning rate as a function of the epoch, the curvature that it bears, and the weight of classification."""
 
 import math
 
@@ -72,3 +72,21 @@ def edge_of_stability(
         return None
     rate = learning_rate(recipe, epoch, recipe.stage_epochs[stage])
     return 2 * (1 + recipe.momentum) / rate if rate else None
+
+
+def classification_weight(recipe: Recipe, epoch: float, num_epochs: int) -> float:
+    """λ of a step of ssat.
+
+    Args:
+        recipe: Gives its beginning, its end and the way between them: a line, or half a cosine.
+        epoch: Epochs done when the step begins, a fraction within an epoch.
+        num_epochs: Epochs of the training.
+
+    Returns:
+        In [0, 1].
+    """
+    begin, end = recipe.lambda_ends
+    share = epoch / num_epochs
+    if recipe.lambda_schedule == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return begin + (end - begin) * share

@@ -158,7 +158,7 @@ class Subject:
         Args:
             batch: From ``batches``.
             term: ``cross_entropy`` (without label smoothing), ``reconstruction`` (masks frozen per image), or
-                ``joint``: λ of the recipe times the first plus 1-λ times the second.
+                ``joint``: λ of the recipe (at the end of its schedule) times the first plus 1-λ times the second.
 
         Returns:
             In nats, normalised pixels squared, or their weighted sum; reconstruction without a decoder is a ValueError.
@@ -169,7 +169,7 @@ class Subject:
             return F.cross_entropy(self.model(batch.images), batch.labels)
         if term == "reconstruction":
             return self.reconstruction_errors(batch).mean()
-        weight = self.checkpoint.recipe.lambda_weight
+        weight = self.checkpoint.recipe.lambda_ends[1]
         return weight * self.loss(batch) + (1 - weight) * self.loss(batch, "reconstruction")
 
     def require_classes(self) -> None:

@@ -56,7 +56,7 @@ class Terms:
         self._num_parts = min(num_batches, subject.num_images)
         self._attention = SmallAttention()
         recipe = subject.checkpoint.recipe
-        self._weight, self._decay = recipe.lambda_weight, recipe.weight_decay
+        self._weight, self._decay = recipe.lambda_ends[1], recipe.weight_decay
 
     def on(self, subject: Subject, parameters: Mapping[str, Tensor]) -> Self:
         """The same images in front of a copy of the model, for another thread.

@@ -21,6 +21,7 @@ from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.images import Facts, Images, normalise, split
+from ssat_probe.initial import begin_from
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.meter import Meter, peak_memory_bytes
 from ssat_probe.network import build_encoder, resolve
@@ -29,6 +30,7 @@ from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
     Run,
     State,
+    keep_best,
     load_state,
     refuse_other,
     refuse_without_snapshots,
@@ -38,9 +40,12 @@ from ssat_probe.run import (
     write_checkpoint,
     write_snapshot,
 )
-from ssat_probe.schedule import learning_rate
+from ssat_probe.schedule import classification_weight, learning_rate
 from ssat_probe.table import write_atomically
 from ssat_probe.update import update
+
+LOOKS = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
+"What a look at the gradients of both terms gives; the log has its mean over the steps looked at in an epoch."
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -58,6 +63,7 @@ def train(
     workers: int = 2,
     save_every_s: float = 10.0,
     snapshots: bool = False,
+    gradients_every: int = 0,
     progress: Progress = lambda done, total, text: None,
 ) -> Checkpoint:
     """Train a recipe in ``out/<name of the run>``; what is complete is reused, what was interrupted goes on.
@@ -76,6 +82,8 @@ def train(
         workers: Processes that decode images, where images are files.
         save_every_s: Seconds between two saves of the training state.
         snapshots: Keep checkpoints along the run as well, ``snapshots/<stage>-<epoch>.pt``, closest at its beginning.
+        gradients_every: Compare the gradients of classification and task in every so many steps of ssat, and log their
+            cosine and norms; 0 means never. The training stays the same.
         progress: Called after each step.
 
     Returns:
@@ -85,6 +93,7 @@ def train(
         FloatingPointError: If the loss is not finite; the message names the step and the images, and the last saved
             state stays as it was.
     """
+    _check_looks(recipe, gradients_every)
     dataset = open_dataset(recipe.data, data_dir, download, recipe.img_size)
     recipe = resolve(recipe, dataset.facts)
     folder = Path(out) / recipe.name
@@ -105,6 +114,7 @@ def train(
     total_steps = per_epoch * sum(recipe.stage_epochs.values())
     last_save = time.monotonic()
     meter = Meter(run.accelerator.device)
+    is_scheduled = recipe.lambda_schedule != "constant"
 
     while state.stage < len(stages):
         stage, num_epochs = stages[state.stage]
@@ -121,7 +131,10 @@ def train(
                 position = state.epoch + state.step / per_epoch
                 global_step = before * per_epoch + state.epoch * per_epoch + state.step
                 rate = learning_rate(recipe, position, num_epochs)
-                sums = update(run, objective, optimiser, loaded, global_step, rate)
+                weight = classification_weight(recipe, position, num_epochs) if is_scheduled else None
+                is_looked_at = gradients_every > 0 and global_step % gradients_every == 0
+                sums = update(run, objective, optimiser, loaded, global_step, rate,
+                              weight=weight, is_looked_at=is_looked_at)  # fmt: skip
                 if not _is_finite_everywhere(run, sums["loss"]):
                     raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
                 seconds = time.monotonic() - started
@@ -136,8 +149,12 @@ def train(
                     last_save = time.monotonic()
                 started = time.monotonic()
             # Not `rate`: a run that resumes after the last step of an epoch has no step left in it.
-            last = learning_rate(recipe, state.epoch + (per_epoch - 1) / per_epoch, num_epochs)
+            position = state.epoch + (per_epoch - 1) / per_epoch
+            last = {"learning_rate": learning_rate(recipe, position, num_epochs)}
+            last |= {"lambda_weight": classification_weight(recipe, position, num_epochs)} if is_scheduled else {}
             _finish_epoch(run, state, stage, last, average)
+            if recipe.select == "best" and state.stage == len(stages) - 1:
+                keep_best(run, state, stage)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
             meter.lap()  # what is between the steps of two epochs is no step's
@@ -218,6 +235,8 @@ def _start(
     GradientState._reset_state()
     accelerator = _engine(recipe, device, tracker, folder)
     encoder = build_encoder(recipe, facts, with_pretrained=True).to(accelerator.device)
+    if recipe.init_from:
+        begin_from(encoder, recipe.init_from, folder / "init.json")
     decoder = objectives.behind_encoder(recipe, facts, encoder)
     decoder = decoder.to(accelerator.device) if decoder is not None else None
     budget = budget_of(recipe, facts, len(images[0]))
@@ -244,6 +263,15 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
     if tracker:
         accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
     return accelerator
+
+
+def _check_looks(recipe: Recipe, every: int) -> None:
+    """Refuse to compare the gradients of two terms where there is one."""
+    if every and (recipe.method != "ssat" or not recipe.has_task or max(recipe.lambda_ends) == 0):
+        raise ValueError(
+            f"gradients_every must be 0 where there is one loss, got {every} for method {recipe.method} with "
+            f"lambda_weight {recipe.lambda_weight:g}; leave it out."
+        )
 
 
 def _stage(run: Run, stage: str, saved: dict[str, Any] | None) -> tuple[nn.Module, Any]:
@@ -278,7 +306,7 @@ def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
     return batches(run.train, [ids[mine] for ids in lists[state.step :]], run.workers)
 
 
-def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: ModelEmaV3 | None) -> None:
+def _finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], average: ModelEmaV3 | None) -> None:
     """Evaluate, write the log's row, and start the next epoch's sums."""
     started = time.monotonic()
     share_statistics(run)
@@ -304,8 +332,9 @@ def _finish_epoch(run: Run, state: State, stage: str, rate: float, average: Mode
         "cross_entropy": sums.get("cross_entropy", nan) / num,
         "reconstruction": sums.get("reconstruction", nan) / num,
         **({"auxiliary": sums["auxiliary"] / num} if "auxiliary" in sums else {}),
-        "learning_rate": rate,
+        **last,
         "grad_norm": sums["grad_norm"] / sums["steps"],
+        **{name: sums[name] / sums["looks"] for name in LOOKS if "looks" in sums},
         "train_accuracy": sums.get("correct", nan) / num,
         **{
             f"{name}_{what}": values[2 * place + number] / len(run.val)

@@ -12,13 +12,22 @@ from ssat_probe.augmentation import Share, augment
 from ssat_probe.images import normalise
 from ssat_probe.loading import LoadedBatch
 from ssat_probe.losses import Losses
+from ssat_probe.measures.agreement import gradient_agreement
 from ssat_probe.optimisation import set_rate
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import Run
 
 
 def update(
-    run: Run, objective: nn.Module, optimiser: Any, loaded: LoadedBatch, global_step: int, rate: float
+    run: Run,
+    objective: nn.Module,
+    optimiser: Any,
+    loaded: LoadedBatch,
+    global_step: int,
+    rate: float,
+    *,
+    weight: float | None = None,
+    is_looked_at: bool = False,
 ) -> dict[str, float]:
     """Make one step of the optimiser.
 
@@ -29,9 +38,12 @@ def update(
         loaded: This process's images of the batch.
         global_step: Steps done before it, over all stages.
         rate: Learning rate.
+        weight: λ, where a schedule says it.
+        is_looked_at: Compare the gradients of classification and task first, on the first part of the batch.
 
     Returns:
-        Sums over this process's images, the number of steps, and the gradient norm.
+        Sums over this process's images, the number of steps, and the gradient norm; of a step that was looked at also
+        the cosine between both gradients and their norms.
     """
     pixels, labels, _ = loaded
     # Augmentation and masks are drawn for the whole batch, whichever process holds an image; what a network draws
@@ -45,18 +57,29 @@ def update(
     plain: Any = run.accelerator.unwrap_model(objective)
     others = augment(loaded[0], run.recipe.augmentation, run.facts, generator, share) if plain.num_views == 2 else None
     set_rate(optimiser, rate)
+    if weight is not None:
+        plain.weight = weight
     device = run.accelerator.device
     parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
     sums = {"images": 0.0, "loss": 0.0}
+
+    def inputs(part: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        images = normalise(pixels[part].to(device), run.facts)
+        views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
+        return (images, labels[part].to(device), noise[part]), views
+
+    if is_looked_at:
+        first, views = inputs(parts[0])
+        with _seeded(seed, device), run.accelerator.autocast():
+            sums |= _agreement(plain, first, views)
     with _seeded(seed, device):
         for part in parts:
-            images, part_labels = normalise(pixels[part].to(device), run.facts), labels[part].to(device)
-            views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
+            arguments, views = inputs(part)
             synchronise = part is parts[-1]
             with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
-                losses = objective(images, part_labels, noise[part], **views)
+                losses = objective(*arguments, **views)
             run.accelerator.backward(losses.total * (len(part) / len(pixels)))
-            for name, value in _sums(losses, part_labels).items():
+            for name, value in _sums(losses, arguments[1]).items():
                 sums[name] = sums.get(name, 0.0) + value
     norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
     optimiser.step()
@@ -64,6 +87,18 @@ def update(
     if hasattr(plain, "after_step"):
         plain.after_step()
     return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+
+
+def _agreement(objective: Any, arguments: tuple[Tensor, ...], views: dict[str, Tensor]) -> dict[str, float]:
+    """Cosine and norms of the gradients of both terms; the objective is left as it was."""
+    buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]  # running statistics move in a forward pass
+    classified, own = objective.terms(*arguments, **views)
+    found = gradient_agreement(classified.total, own.total, objective.parameters())
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    names = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
+    return {**dict(zip(names, found, strict=True)), "looks": 1.0}
 
 
 def _seed_of(recipe: Recipe, global_step: int, process: int) -> int:

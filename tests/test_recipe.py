@@ -118,6 +118,9 @@ def test_no_field_takes_a_value_of_no_type_it_could_have(field: dataclasses.Fiel
         ({"optimiser": "sdg"}, "No 'sdg' in optimiser: adamw, sgd. Did you mean 'sgd'?"),
         ({"optimiser": "sgd", "momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0."),
         ({"optimiser": "sgd", "momentum": -0.1}, "momentum must be at least 0 and below 1, got -0.1."),
+        ({"lambda_end": 0.5}, "lambda_end must be left out with lambda_schedule constant, got 0.5."),
+        ({"lambda_schedule": "cosine"}, "lambda_end must be given with lambda_schedule cosine, got None."),
+        ({"lambda_schedule": "linear", "lambda_end": 1.5}, "lambda_end must be between 0 and 1, got 1.5."),
         ({"momentum": 0.9}, "momentum must be 0 with optimiser adamw, whose averages are betas, got 0.9."),
         ({"optimiser": "sgd", "betas": (0.9, 0.95)},
          "betas must be left out with optimiser sgd, which has momentum instead, got (0.9, 0.95)."),
@@ -215,3 +218,17 @@ def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], 
 def test_sizes_that_no_network_has_are_refused(fields: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"method": "scratch", "lambda_schedule": "linear", "lambda_end": 0.5}, {"lambda_schedule", "lambda_end"}),
+        ({"lambda_schedule": "linear", "lambda_end": 0.5, "lambda_weight": 0.0, "mixup": 0.8}, set()),
+        ({"lambda_schedule": "cosine", "lambda_end": 0.0, "lambda_weight": 1.0, "decoder_depth": 3}, set()),
+        ({"lambda_weight": 0.0, "select": "best"}, {"select"}),
+        ({"method": "ssl_ft", "select": "best", "init_from": "a.pt"}, set()),
+    ],
+)
+def test_a_schedule_between_weights_has_both_terms(fields: dict[str, Any], named: set[str]) -> None:
+    assert without_effect(Recipe(**fields)).keys() == named

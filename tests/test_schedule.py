@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssat_probe.recipe import Recipe
-from ssat_probe.schedule import edge_of_stability, learning_rate
+from ssat_probe.schedule import classification_weight, edge_of_stability, learning_rate
 
 PEAK, END, EPOCHS, PER_EPOCH = 2e-3, 1e-6, 100, 97
 OFFICIAL = Recipe(base_lr=1e-3, batch_size=512, epochs=EPOCHS, warmup_epochs=5, min_lr=END)
@@ -112,3 +112,18 @@ def test_the_edge_is_of_the_loss_that_is_minimised() -> None:
     assert edge_of_stability(tuned, "pretrain", 7) is None
     assert edge_of_stability(Recipe(**GENTLE), "train-ema", 12) is None
     assert edge_of_stability(Recipe(**GENTLE), "train", 0) is None  # the warm-up begins with no step at all
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("constant", [0.1] * 4),
+        ("linear", [0.1, 0.1 + 0.8 / 4, 0.5, 0.1 + 0.8 * 0.75]),
+        ("cosine", [0.1, 0.5 - 0.4 * math.sqrt(0.5), 0.5, 0.5 + 0.4 * math.sqrt(0.5)]),
+    ],
+)
+def test_weight_of_classification_goes_from_its_beginning_to_its_end(schedule: Any, values: list[float]) -> None:
+    recipe = Recipe(lambda_schedule=schedule, lambda_end=None if schedule == "constant" else 0.9)
+    got = [classification_weight(recipe, epoch, 8) for epoch in (0, 2, 4, 6)]
+    assert got == pytest.approx(values, rel=1e-14)
+    assert classification_weight(recipe, 8, 8) == pytest.approx(recipe.lambda_ends[1])

@@ -644,3 +644,80 @@ def test_snapshots_change_nothing_and_survive_a_stop(tmp_path: Path) -> None:
         assert torch.equal(value, loaded[0].state[name])
     with pytest.raises(ValueError, match=r"snapshots/pretrain-00000\.pt must be there for --snapshots, got a finished"):
         train(recipe, tmp_path / "plain", device="cpu", snapshots=True)
+
+
+# Weights of classification, choices among epochs, weights to begin with
+
+
+def test_lambda_follows_its_schedule_and_a_level_one_changes_nothing(tmp_path: Path) -> None:
+    level = train(tiny(lambda_weight=0.3), tmp_path / "constant", device="cpu")
+    flat = train(tiny(lambda_weight=0.3, lambda_schedule="linear", lambda_end=0.3), tmp_path / "flat", device="cpu")
+    assert all(torch.equal(level.state[name], flat.state[name]) for name in level.state)
+    moving = tiny(lambda_weight=0.2, lambda_schedule="linear", lambda_end=0.8, batch_size=23, epochs=3, accumulate=1)
+    log = log_of(train(moving, tmp_path / "moving", device="cpu"))
+    assert log["lambda_weight"].tolist() == pytest.approx([0.2, 0.4, 0.6])
+    total = log["lambda_weight"] * log["cross_entropy"] + (1 - log["lambda_weight"]) * log["reconstruction"]
+    np.testing.assert_allclose(log["loss"], total, rtol=1e-6)  # one step an epoch
+
+
+def test_a_schedule_may_begin_without_one_of_the_terms(tmp_path: Path) -> None:
+    recipe = tiny(lambda_weight=0.0, lambda_schedule="cosine", lambda_end=1.0)
+    checkpoint = train(recipe, tmp_path, device="cpu")
+    assert log_of(checkpoint)["lambda_weight"].tolist() == pytest.approx([0.25, (1 + np.sqrt(0.75)) / 2])
+    assert checkpoint.has_decoder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_epoch_is_kept_also_by_a_run_that_dies_in_every_step(tmp_path: Path, method: str) -> None:
+    fields = {"subset": 230, "batch_size": 70, "epochs": 6, "base_lr": 0.3, "seed": 1}
+    every = train(tiny(method, **fields), tmp_path / "every", device="cpu", snapshots=True)
+    best = train(tiny(method, select="best", **fields), tmp_path / "best", device="cpu")
+    log = log_of(best)
+    last_stage = log[log["stage"] == best.stage]
+    assert best.epoch == last_stage["val_accuracy"].to_numpy().argmax() + 1
+    if best.epoch in (1, 2, 3, 4, 6):  # those that snapshots keep
+        same = load_checkpoint(every.path.parent / "snapshots" / f"{best.stage}-{best.epoch:05d}.pt")
+        assert all(torch.equal(same.state[name], best.state[name]) for name in best.state)
+    assert (best.epoch == 6) == all(torch.equal(every.state[name], best.state[name]) for name in best.state)
+    for _ in range(60):
+        with suppress(Stop):
+            died = train(tiny(method, select="best", **fields), tmp_path / "dying", device="cpu", save_every_s=-1,
+                         progress=stop_after(3))  # fmt: skip
+            break
+    assert died.epoch == best.epoch
+    assert_same_run(died, best)
+    assert {path.name for path in best.path.parent.iterdir()} >= {f"{method}.pt", "log.csv"}
+    assert not (best.path.parent / "best.pt").exists()
+
+
+def test_looks_at_the_gradients_change_nothing_and_are_those_of_the_first_step(tmp_path: Path) -> None:
+    recipe = tiny(augmentation="none", batch_size=23, epochs=2, warmup_epochs=0, drop_path=0.3)
+    plain = train(recipe, tmp_path / "plain", device="cpu")
+    looked = train(recipe, tmp_path / "looked", device="cpu", gradients_every=2)
+    assert looked.hash == plain.hash
+    log = log_of(looked)
+    assert log["gradient_cosine"].notna().tolist() == [True, False]
+    assert -1 <= log["gradient_cosine"][0] <= 1
+    assert (log[["classification_grad_norm", "task_grad_norm"]].iloc[0] > 0).all()
+    assert "gradient_cosine" not in log_of(plain)
+
+
+@pytest.mark.parametrize("fields", [{"method": "scratch"}, {"lambda_weight": 1.0}, {"lambda_weight": 0.0}])
+def test_one_loss_has_no_gradients_to_compare(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="gradients_every must be 0 where there is one loss, got 3 for method s"):
+        train(tiny(**fields), tmp_path, device="cpu", gradients_every=3)
+
+
+def test_a_training_may_begin_with_weights_of_another(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    pretrained = checkpoints["ssl_ft"].with_name("pretrain.pt")
+    recipe = tiny("scratch", init_from=str(pretrained), base_lr=1e-12, min_lr=0.0, weight_decay=0.0)
+    begun = train(recipe, tmp_path / "begun", device="cpu")
+    given = load_checkpoint(pretrained)
+    fresh = train(tiny("scratch", base_lr=1e-12, min_lr=0.0, weight_decay=0.0), tmp_path / "fresh", device="cpu")
+    for name, value in begun.state.items():
+        source = fresh if name.startswith("head.") else given
+        torch.testing.assert_close(value, source.state[name], rtol=0, atol=1e-9)
+    record = json.loads((begun.path.parent / "init.json").read_text())
+    assert record["hash"] == given.hash
+    assert record["report"]["fraction"] == 1
+    assert not torch.allclose(begun.state["blocks.0.attn.qkv.weight"], fresh.state["blocks.0.attn.qkv.weight"])

@@ -25,9 +25,11 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.recipe = recipe
-        self.supervised: Any = supervised.Objective(recipe, encoder) if recipe.lambda_weight > 0 else None
+        self.weight = recipe.lambda_ends[1]
+        "λ; a schedule sets it before each step."
+        self.supervised: Any = supervised.Objective(recipe, encoder) if max(recipe.lambda_ends) > 0 else None
         task = registry.load("objectives", recipe.task).Objective
-        self.task: Any = task(recipe, encoder, decoder) if recipe.lambda_weight < 1 else None
+        self.task: Any = task(recipe, encoder, decoder) if min(recipe.lambda_ends) < 1 else None
         self.num_views = task.num_views if self.task is not None else 1
         both = self.supervised is not None and self.task is not None
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
@@ -51,19 +53,40 @@ class Objective(nn.Module):
         Returns:
             The weighted total, the unweighted terms, and the logits.
         """
-        if self.supervised is None:
-            return self.task(images, labels, noise, other)
-        features = None
-        if self.recipe.cls_view == "masked" or self.shares_pass:
-            mask = random_mask(noise, self.recipe.mask_ratio) if self.recipe.cls_view == "masked" else None
-            features = self.supervised.encoder.encode(images, mask)
-        classified = self.supervised(images, labels, noise, features=features)
-        if self.task is None:
-            return classified
-        own = self.task(images, labels, noise, other, features if self.shares_pass else None)
-        weight = self.recipe.lambda_weight
-        total = weight * classified.total + (1 - weight) * own.total
+        classified, own = self.terms(images, labels, noise, other)
+        if classified is None or own is None:
+            only = classified or own
+            assert only is not None
+            return only
+        total = self.weight * classified.total + (1 - self.weight) * own.total
         return Losses(total, classified.cross_entropy, own.reconstruction, classified.logits, own.auxiliary)
+
+    def terms(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        labels: Int[Tensor, " batch"],
+        noise: Float[Tensor, "batch token"],
+        other: Float[Tensor, "batch channel height width"] | None = None,
+    ) -> tuple[Losses | None, Losses | None]:
+        """Both losses of a batch, unweighted, each with its graph.
+
+        Args:
+            images: Normalised images.
+            labels: Class of each.
+            noise: Uniform numbers that decide the masks.
+            other: The images augmented once more, for a task that looks at two views.
+
+        Returns:
+            Of the classification and of the task; none for one that has no weight.
+        """
+        features, is_masked = None, self.recipe.cls_view == "masked"
+        if self.supervised is not None and (is_masked or self.shares_pass):
+            mask = random_mask(noise, self.recipe.mask_ratio) if is_masked else None
+            features = self.supervised.encoder.encode(images, mask)
+        classified = self.supervised(images, labels, noise, features=features) if self.supervised is not None else None
+        if self.task is None:
+            return classified, None
+        return classified, self.task(images, labels, noise, other, features if self.shares_pass else None)
 
     def after_step(self) -> None:
         """What the task does after each step of the optimiser, if anything."""

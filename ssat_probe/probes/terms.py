@@ -103,7 +103,7 @@ class Probe:
         for one, other in combinations(terms, 2):
             rows += [{"term": one, "other": other} | row for row in _compared(spaces[one], spaces[other], size)]
         if "joint" in spaces:
-            weight = subject.checkpoint.recipe.lambda_weight
+            weight = subject.checkpoint.recipe.lambda_ends[1]
             rows += _shares(found["cross_entropy"], spaces["joint"], weight)
         names = [column.name for column in Probe.columns]
         table = pd.DataFrame([{"other": "", "index": 0, "unit": ""} | row for row in rows], columns=names)
