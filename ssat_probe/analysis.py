@@ -17,6 +17,7 @@ from pandas import DataFrame
 from ssat_probe import comparison, drawing, probe, sweep, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
+from ssat_probe.cluster import as_jobs
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
 from ssat_probe.run import snapshot_epochs
@@ -165,6 +166,8 @@ def run(
     data_dir: Path | None = None,
     device: str | None = None,
     jobs: int = 0,
+    cluster: str = "",
+    cluster_options: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> tuple[DataFrame, DataFrame]:
     """Train the cells, probe each, and write tables, figures and the comparison; what is complete is reused.
@@ -176,6 +179,8 @@ def run(
         data_dir: Where the data set lies, if it is not embedded.
         device: ``cpu`` to stay on the CPU; by default the fastest device there is.
         jobs: Cells side by side; 0 means what the analysis says.
+        cluster: Where cells run: empty for processes of this command, else what ``cluster.as_jobs`` knows.
+        cluster_options: Of submitit's executor.
         progress: Told of steps over all cells.
 
     Returns:
@@ -196,7 +201,20 @@ def run(
         )
         for one in analysis.cells
     ]
-    is_new = side_by_side(cells, jobs or analysis.jobs, analysis.threads, progress)
+    if cluster:
+        waiting = {one.name: cell for one, cell in zip(analysis.cells, cells, strict=True) if not cell.is_done}
+        is_new = as_jobs(
+            list(waiting.values()),
+            list(waiting),
+            checkpoints / "jobs",
+            cluster,
+            jobs=jobs,
+            threads=analysis.threads,
+            options=cluster_options or {},
+            progress=progress,
+        )
+    else:
+        is_new = side_by_side(cells, jobs or analysis.jobs, analysis.threads, progress)
     folders = {checkpoints / one.name: one for one in analysis.cells}
     tables = {one.name: _gathered(one, folders, out, analysis.axes) for one in measurements}
     costs = _costs(folders, analysis.axes)

@@ -11,6 +11,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from ssat_probe import registry
+from ssat_probe.execution import Execution
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
@@ -37,6 +38,7 @@ app = App(
 def train(
     *,
     recipe: Annotated[Recipe, Flat] = Recipe(),
+    execution: Annotated[Execution, Flat] = Execution(),
     out: Path = Path("checkpoints"),
     data_dir: Path | None = None,
     download: bool = False,
@@ -51,6 +53,7 @@ def train(
 
     Args:
         recipe: What to train.
+        execution: How the training is carried out.
         out: Folder of the runs; each makes its own folder in it.
         data_dir: Where the data set lies on disk; the embedded ones need none.
         download: Fetch the data set if it is not there.
@@ -78,7 +81,8 @@ def train(
     with _progress() as progress:
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            snapshots=snapshots, gradients_every=gradients_every, progress=progress,
+            snapshots=snapshots, gradients_every=gradients_every, execution=execution,
+            progress=progress,
         )  # fmt: skip
     _say(f"Wrote {checkpoint.path}")
 
@@ -93,6 +97,8 @@ def reproduce(
     download: bool = False,
     device: str = "",
     jobs: int = 0,
+    cluster: Literal["", "local", "slurm"] = "",
+    cluster_options: list[str] = [],  # noqa: B006 (cyclopts wants a list)
     set_: Annotated[list[str], Parameter(name="--set")] = [],  # noqa: B006 (cyclopts wants a list)
     plan: bool = False,
     smoke: bool = False,
@@ -107,6 +113,9 @@ def reproduce(
         download: Fetch the data set if it is not there.
         device: cpu, or empty for the fastest there is.
         jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says.
+        cluster: slurm sends every model to Slurm as a job, through submitit; local does the same with submitit's
+            processes on this machine, to try it out; empty trains here without it.
+        cluster_options: Of submitit's executor, such as timeout_min=600 slurm_partition=gpu gpus_per_node=1.
         set_: Fields of the recipe in place of the file's, such as data=cifar10 model=vit_tiny; results go to folders of
             their own.
         plan: Print models and budgets, and stop.
@@ -125,7 +134,8 @@ def reproduce(
     with _progress() as progress:
         comparison, claims = analyses.run(
             chosen, out, checkpoints or Path("checkpoints") / chosen.name,
-            data_dir=data_dir, device=device or None, jobs=jobs, progress=progress,
+            data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
+            cluster_options=_changes(cluster_options, "--cluster-options"), progress=progress,
         )  # fmt: skip
     page = write_report(out)
     _print_table(comparison)
@@ -315,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.name and error.name.startswith("ssat_probe"):
             raise
         _fail(str(error))
-    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, ChildProcessError) as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -363,7 +373,7 @@ def _say(line: str) -> None:
     print(line)  # noqa: T201
 
 
-def _changes(words: Sequence[str]) -> dict[str, Any]:
+def _changes(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """Fields and values of ``data=cifar10``; a value is read as in a YAML file, but that 1e-3 is a number there too."""
     import yaml
 
@@ -371,11 +381,11 @@ def _changes(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, sign, value = word.partition("=")
         if not sign:
-            raise ValueError(f"--set must be followed by field=value, got {word!r}; write data=cifar10.")
+            raise ValueError(f"{option} must be followed by field=value, got {word!r}; write {word}=3.")
         try:
             changes[name.replace("-", "_")] = float(value) if "e-" in value else yaml.safe_load(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"--set {name} must be followed by a value, got {value!r}; write {name}=3.") from error
+            raise ValueError(f"{option} {name} must be followed by a value, got {value!r}; write {name}=3.") from error
     return changes
 
 

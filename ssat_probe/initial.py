@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -32,11 +33,12 @@ def begin_from(encoder: nn.Module, path: str, record: Path) -> Report:
     Raises:
         ValueError: If the weights do not fill the encoder, or tensors are left over.
     """
-    found = open_weights(path, Source(resize=True))
+    heads: Any = getattr(getattr(encoder, "blocks", [None])[0], "attn", None)  # files do not say how many there are
+    found = open_weights(path, Source(resize=True, heads=getattr(heads, "num_heads", 0)))
     of_encoder = {name: value for name, value in found.state.items() if not name.startswith(DECODER_PREFIX)}
-    heads = {name: FRESH for name in of_encoder if name.startswith(HEAD_NAMES)}
-    body = {name: value for name, value in of_encoder.items() if name not in heads}
-    given = Converted(encoder=body, dropped=heads)
+    classifier = {name: FRESH for name in of_encoder if name.startswith(HEAD_NAMES)}
+    body = {name: value for name, value in of_encoder.items() if name not in classifier}
+    given = Converted(encoder=body, dropped=classifier)
     layout = getattr(getattr(found, "report", None), "layout", "ssat-probe")
     report = fill(encoder, given, layout, "", Source(resize=True, allow_partial=True))
     missing = [name for name in report.missing if not name.startswith((*HEAD_NAMES, "mask_token"))]

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
+from ssat_probe.execution import Execution
 from ssat_probe.images import Facts, Images
 from ssat_probe.network import Encoder
 from ssat_probe.recipe import Recipe
@@ -60,6 +61,7 @@ class Run:
     workers: int
     multiply_adds_per_image: dict[str, int] = field(default_factory=dict)
     "Of a training step, forward and backward, by stage."
+    execution: Execution = field(default_factory=Execution)
 
     @property
     def network(self) -> nn.ModuleDict:

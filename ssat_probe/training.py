@@ -20,6 +20,7 @@ from ssat_probe import objectives, registry
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
+from ssat_probe.execution import Execution, prepare
 from ssat_probe.images import Facts, Images, normalise, split
 from ssat_probe.initial import begin_from
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
@@ -64,6 +65,7 @@ def train(
     save_every_s: float = 10.0,
     snapshots: bool = False,
     gradients_every: int = 0,
+    execution: Execution = Execution(),
     progress: Progress = lambda done, total, text: None,
 ) -> Checkpoint:
     """Train a recipe in ``out/<name of the run>``; what is complete is reused, what was interrupted goes on.
@@ -84,6 +86,7 @@ def train(
         snapshots: Keep checkpoints along the run as well, ``snapshots/<stage>-<epoch>.pt``, closest at its beginning.
         gradients_every: Compare the gradients of classification and task in every so many steps of ssat, and log their
             cosine and norms; 0 means never. The training stays the same.
+        execution: How it is carried out, which is no matter for what it computes but for rounding.
         progress: Called after each step.
 
     Returns:
@@ -105,7 +108,8 @@ def train(
             refuse_without_snapshots(recipe, folder)
         return checkpoint
     run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
-                                         split(dataset, "val")), folder, device, tracker, workers)  # fmt: skip
+                                         split(dataset, "val")), folder, device, tracker, workers,
+                 execution)  # fmt: skip
     state, saved = load_state(run) if resume else (State(), None)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
@@ -229,6 +233,7 @@ def _start(
     device: str | None,
     tracker: str | None,
     workers: int,
+    execution: Execution,
 ) -> Run:
     """Engine and fresh network of a run."""
     AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
@@ -241,7 +246,9 @@ def _start(
     decoder = decoder.to(accelerator.device) if decoder is not None else None
     budget = budget_of(recipe, facts, len(images[0]))
     cost = {stage.name: stage.training_multiply_adds_per_image for stage in budget.stages}
-    return Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost)
+    run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution)
+    prepare(run.network, execution)
+    return run
 
 
 def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Path) -> Accelerator:

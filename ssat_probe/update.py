@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssat_probe.augmentation import Share, augment
+from ssat_probe.execution import recomputing, reproducible
 from ssat_probe.images import normalise
 from ssat_probe.loading import LoadedBatch
 from ssat_probe.losses import Losses
@@ -64,15 +65,20 @@ def update(
     sums = {"images": 0.0, "loss": 0.0}
 
     def inputs(part: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        images = normalise(pixels[part].to(device), run.facts)
-        views = {} if others is None else {"other": normalise(others[part].to(device), run.facts)}
+        images = _placed(pixels[part], run)
+        views = {} if others is None else {"other": _placed(others[part], run)}
         return (images, labels[part].to(device), noise[part]), views
 
     if is_looked_at:
         first, views = inputs(parts[0])
         with _seeded(seed, device), run.accelerator.autocast():
             sums |= _agreement(plain, first, views)
-    with _seeded(seed, device):
+    execution = run.execution
+    with (
+        reproducible(execution.deterministic),
+        recomputing(run.network, execution.checkpointing),
+        _seeded(seed, device),
+    ):
         for part in parts:
             arguments, views = inputs(part)
             synchronise = part is parts[-1]
@@ -87,6 +93,12 @@ def update(
     if hasattr(plain, "after_step"):
         plain.after_step()
     return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+
+
+def _placed(pixels: Tensor, run: Run) -> Tensor:
+    """Images as the network takes them, where it is."""
+    images = normalise(pixels.to(run.accelerator.device), run.facts)
+    return images.contiguous(memory_format=torch.channels_last) if run.execution.channels_last else images
 
 
 def _agreement(objective: Any, arguments: tuple[Tensor, ...], views: dict[str, Tensor]) -> dict[str, float]:

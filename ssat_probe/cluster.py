@@ -1,0 +1,114 @@
+"""Cluster: pieces of work as jobs of Slurm, through submitit; what was stopped goes on, what failed is reported."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssat_probe.workers import Progress, Work
+
+POLL_S = 5.0
+"Seconds between two looks at the jobs; submitit asks Slurm less often than it is asked."
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A piece of work as a job; one that is preempted or out of time is queued again and goes on from its files."""
+
+    piece: Work
+    threads: int
+
+    def __call__(self) -> bool:
+        """Do the piece, on the machine where the job runs."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return self.piece(lambda done, total, text: None)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues when Slurm takes the machine away: the same again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def as_jobs(
+    pieces: Sequence[Work],
+    names: Sequence[str],
+    folder: Path,
+    cluster: str,
+    *,
+    jobs: int,
+    threads: int,
+    options: Mapping[str, Any],
+    progress: Progress,
+) -> bool:
+    """Do all pieces as jobs, and wait for them.
+
+    Args:
+        pieces: What to do; they must find their files on every machine.
+        names: Of the pieces, for messages.
+        folder: For the logs of the jobs, on a disk that all machines share.
+        cluster: ``slurm``, or ``local`` for submitit's processes on this machine, one after another.
+        jobs: Most jobs at once; 0 means as many as Slurm allows, and 1 on this machine.
+        threads: Of each job; 0 means what torch finds.
+        options: Of submitit's executor, such as ``timeout_min``, ``gpus_per_node`` or ``slurm_partition``.
+        progress: Told how many are done.
+
+    Returns:
+        Whether any of them did anything.
+
+    Raises:
+        ValueError: If submitit is not installed, or does not know an option.
+        ChildProcessError: If jobs failed; the others are done, and the sentence names those that are not.
+    """
+    if not pieces:
+        return False
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            f"cluster {cluster} needs submitit, got an environment without it; pip install 'ssat-probe[slurm]'."
+        ) from error
+    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+    wanted = {"name": "ssat-probe"} | ({"cpus_per_task": threads} if threads else {})
+    if jobs and cluster == "slurm":
+        wanted["slurm_array_parallelism"] = jobs
+    try:
+        executor.update_parameters(**wanted, **options)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"cluster_options must be those of submitit's executor, got {dict(options)!r}: {error}"
+        ) from error
+    at_once = len(pieces) if cluster == "slurm" else jobs or 1
+    results: list[bool] = []
+    failed: dict[str, str] = {}
+    for begin in range(0, len(pieces), at_once):
+        with executor.batch():
+            group = [executor.submit(Submitted(piece, threads)) for piece in pieces[begin : begin + at_once]]
+        _wait(group, begin, len(pieces), progress)
+        for name, job in zip(names[begin:], group, strict=False):
+            reason = job.exception()
+            if reason is None:
+                results.append(bool(job.result()))
+            else:
+                failed[name] = f"job {job.job_id}: {(str(reason).strip() or type(reason).__name__).splitlines()[-1]}"
+    if failed:
+        shown = "; ".join(f"{name} ({why})" for name, why in list(failed.items())[:3])
+        raise ChildProcessError(
+            f"All {len(pieces)} trainings must be done, got {len(failed)} that failed: {shown}; see the logs in "
+            f"{folder}. The same command does these again and none of the others."
+        )
+    return any(results)
+
+
+def _wait(group: Sequence[Any], before: int, total: int, progress: Progress) -> None:
+    """Until all jobs of a group have ended, one way or the other."""
+    while True:
+        done = sum(job.done() for job in group)
+        progress(before + done, total, f"{done} of {len(group)} jobs done")
+        if done == len(group):
+            return
+        time.sleep(POLL_S)

@@ -1,0 +1,130 @@
+"""Execution: how a training is carried out, which is no matter for what it computes but for rounding."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a training is carried out; the recipe says what it computes."""
+
+    deterministic: bool = False
+    "Use only operations that give the same bits in every run on a graphics card, at some cost of time."
+
+    compile: bool = False
+    "Compile the blocks with torch.compile, which takes a while at first and needs a C++ compiler on a CPU."
+
+    channels_last: bool = False
+    "Keep images and convolutions with the channels last, which is faster for convolutions on most hardware."
+
+    checkpointing: bool = False
+    "Compute the inside of each block again in the backward pass instead of keeping it: a third slower, less memory."
+
+
+def blocks_of(network: "nn.Module") -> "list[nn.Module]":
+    """Transformer blocks of encoder and decoder.
+
+    Args:
+        network: Encoder and decoder, of any architecture.
+
+    Returns:
+        Members of every list of modules that is called ``blocks``, in order.
+    """
+    return [
+        block
+        for name, module in network.named_modules()
+        if name.split(".")[-1] == "blocks"
+        for block in module.children()
+    ]
+
+
+def prepare(network: "nn.Module", execution: Execution) -> None:
+    """Make a network ready for how it is carried out; names and values of its parameters stay.
+
+    Args:
+        network: Encoder and decoder.
+        execution: What is asked for.
+
+    Raises:
+        ValueError: If it cannot be done with this network.
+    """
+    import torch
+
+    blocks = blocks_of(network)
+    for option in ("compile", "checkpointing"):
+        if getattr(execution, option) and not blocks:
+            raise ValueError(f"{option} must be left out for a model whose blocks are not known, got {option}.")
+    if execution.checkpointing and any(_has_batch_norm(block) for block in blocks):
+        raise ValueError(
+            "checkpointing must be left out for a model with batch norms in its blocks, whose statistics it would "
+            "count twice, got checkpointing."
+        )
+    if execution.compile and execution.checkpointing:
+        raise ValueError("checkpointing must be left out with compile, which decides itself what to keep, got both.")
+    if execution.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if execution.compile:
+        for block in blocks:
+            block.compile(dynamic=False)
+
+
+@contextmanager
+def recomputing(network: "nn.Module", is_on: bool) -> Iterator[None]:
+    """A forward and backward pass in which each block keeps its input alone, and is computed again when it is needed.
+
+    Args:
+        network: Encoder and decoder.
+        is_on: Whether to do so.
+
+    Yields:
+        Nothing; the blocks are as before afterwards.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    blocks = blocks_of(network) if is_on else []
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def reproducible(is_on: bool) -> Iterator[None]:
+    """Deterministic operations alone; an operation that has no such form is an error of torch's that names it.
+
+    Args:
+        is_on: Whether to do so.
+
+    Yields:
+        Nothing; torch's settings are as before afterwards.
+    """
+    import torch
+
+    if not is_on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def _has_batch_norm(module: "nn.Module") -> bool:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
