@@ -91,10 +91,47 @@ def decoded(path: Path, img_size: tuple[int, int], channels: int) -> UInt8[np.nd
     with _opened(path) as image:
         # A large JPEG is decoded at a fraction of its size, never below twice what is needed.
         image.draft(MODES[channels], (2 * width, 2 * height))
-        plain = _eight_bit(image).convert(MODES[channels])
-        if plain.size != (width, height):
-            plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
-        return np.asarray(plain).reshape(height, width, channels)
+        return pixels_of(image, img_size, channels)
+
+
+def pixels_of(
+    image: Image.Image, img_size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "height width channel"]:
+    """Pixels of an opened image, as ``decoded`` gives those of a file.
+
+    Args:
+        image: Of any mode.
+        img_size: Height and width.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        0 to 255.
+    """
+    height, width = img_size
+    plain = _eight_bit(image).convert(MODES[channels])
+    if plain.size != (width, height):
+        plain = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(plain).reshape(height, width, channels)
+
+
+def colour(
+    images: Iterable[UInt8[np.ndarray, "height width channel"]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel over the pixels of some images of one size.
+
+    Args:
+        images: 0 to 255; at least one.
+
+    Returns:
+        Of pixels in [0, 1], to six digits; the deviation at least 1/255, so that nothing is divided by 0.
+    """
+    total, squares, number = np.zeros(()), np.zeros(()), 0
+    for image in images:
+        values = image / 255
+        total, squares, number = total + values.mean((0, 1)), squares + (values**2).mean((0, 1)), number + 1
+    mean = total / number
+    std = np.sqrt(np.maximum(squares / number - mean**2, 0)).clip(1 / 255)
+    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
 
 
 def shape(path: Path) -> tuple[int, int, int]:

@@ -35,7 +35,7 @@ class Recipe:
     "Encoder; ssat-probe list names them, and timm:NAME is any plain Vision Transformer of timm's."
 
     data: str = "digits"
-    "Data set; ssat-probe list names them."
+    "Data set; ssat-probe list names them, and hf:NAME is any image data of Hugging Face's."
 
     subset: float | int | None = None
     "Training images to use: a count (500) or a share (0.1), stratified; none means all."
@@ -181,7 +181,8 @@ class Recipe:
     @property
     def name(self) -> str:
         """Name of the run: model, data, method and seed."""
-        return f"{re.sub('[:?]', '_', self.model)}-{self.data}-{self.method}-seed{self.seed}"
+        model, data = (re.sub(r"[:?/\\]", "_", name) for name in (self.model, self.data))
+        return f"{model}-{data}-{self.method}-seed{self.seed}"
 
     @property
     def has_task(self) -> bool:

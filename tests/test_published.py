@@ -115,7 +115,7 @@ def test_a_frozen_split_divides_the_images_with_classes_in_proportion() -> None:
     assert sorted(both.tolist()) == list(range(60))
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.names("data")) - {"folder", "unlabelled"}))
+@pytest.mark.parametrize("name", sorted(set(registry.names("data")) - {"folder", "huggingface", "unlabelled"}))
 def test_every_published_set_states_all_that_is_to_know(name: str) -> None:
     data = registry.load("data", name).Dataset()
     stated = data.facts

@@ -7,6 +7,9 @@ from pathlib import Path
 from ssat_probe import registry
 from ssat_probe.images import Dataset
 
+PREFIX = "hf:"
+"Of names of Hugging Face's."
+
 
 def open_dataset(
     name: str, root: Path | None = None, download: bool = False, img_size: tuple[int, ...] = ()
@@ -14,7 +17,7 @@ def open_dataset(
     """Data set by name.
 
     Args:
-        name: File name in this folder.
+        name: File name in this folder, or ``hf:NAME`` for data of Hugging Face.
         root: Where it lies on disk; the embedded ones need none.
         download: Fetch it into ``root`` if it is not there, where the data set can.
         img_size: Height and width to resize to, in pixels; empty for the data set's own.
@@ -22,7 +25,10 @@ def open_dataset(
     Returns:
         The data set, opened lazily.
     """
-    return registry.load("data", name).Dataset(root=root, download=download, img_size=tuple(img_size) or None)
+    options = {"root": root, "download": download, "img_size": tuple(img_size) or None}
+    if name.startswith(PREFIX):
+        return registry.load("data", "huggingface").Dataset(name=name.removeprefix(PREFIX), **options)
+    return registry.load("data", name).Dataset(**options)
 
 
 def description(name: str, root: Path | None = None) -> Iterator[str]:
@@ -43,7 +49,7 @@ def description(name: str, root: Path | None = None) -> Iterator[str]:
     """
     dataset = open_dataset(name, root)
     source, is_checked = dataset.source, root is not None or not dataset.source.tree
-    yield f"{name}: {registry.summary('data', name)}"
+    yield f"{name}: {registry.summary('data', 'huggingface' if name.startswith(PREFIX) else name)}"
     yield (
         f"Layout of --data-dir:\n{textwrap.indent(source.tree, '  ')}" if source.tree else "Layout: nothing is needed."
     )

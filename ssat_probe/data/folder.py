@@ -157,13 +157,4 @@ val/ and test/, one of them or both, with the same classes
     @property
     def _colour(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel."""
-        total, squares = np.zeros(self._channels), np.zeros(self._channels)
-        for path in self._sampled:
-            values = files.decoded(path, self._img_size, self._channels) / 255
-            total += values.mean((0, 1))
-            squares += (values**2).mean((0, 1))
-        mean = total / len(self._sampled)
-        std = np.sqrt(np.maximum(squares / len(self._sampled) - mean**2, 0)).clip(
-            1 / 255
-        )  # uniform images: no division by 0
-        return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
+        return files.colour(files.decoded(path, self._img_size, self._channels) for path in self._sampled)

@@ -11,7 +11,9 @@ from ssat_probe import registry
 from ssat_probe.data import description, pneumoniamnist
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.names("data")) - {"digits", "mnist5k", "folder", "unlabelled"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(registry.names("data")) - {"digits", "mnist5k", "folder", "huggingface", "unlabelled"})
+)
 def test_what_lies_on_disk_is_described_without_it(name: str) -> None:
     dataset = registry.load("data", name).Dataset()
     printed = "\n".join(description(name))
