@@ -5,7 +5,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n 2 \
 	--jaxtyping-packages=ssat_probe.measures,ssat_probe.models,ssat_probe.decoders,ssat_probe.objectives,ssat_probe.patches,ssat_probe.losses,beartype.beartype
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-slow benchmark-landscape benchmark-curvature benchmark-probes format wheel clean
+.PHONY: help reproduce test test-slow benchmark-landscape benchmark-curvature benchmark-probes benchmark-training format wheel clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 22
@@ -32,6 +32,9 @@ benchmark-landscape: .venv/installed ## time per point of a loss surface, agains
 
 benchmark-probes: .venv/installed ## time and memory of the probes, against the plain forward pass
 	$(BIN)/python analyses/benchmarks/probes.py
+
+benchmark-training: .venv/installed ## images per second of a training step, against the same written plainly
+	$(BIN)/python analyses/benchmarks/training.py
 
 benchmark-curvature: .venv/installed ## Hessian products, eigenvalues, exact spectra, negative part: against peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'

@@ -33,8 +33,8 @@ QUICK: dict[str, dict[str, Any]] = {
 "Options that make a slow probe quick; everything else runs with its defaults."
 NUM_IMAGES = 11
 REPRESENTATION = {
-    "accuracy", "attention", "fourier", "heads", "histogram", "maps", "repetition", "similarity", "spectrum", "tokens",
-    "variance",
+    "accuracy", "attention", "fourier", "heads", "histogram", "maps", "reconstruction", "repetition", "similarity",
+    "spectrum", "tokens", "variance",
 }  # fmt: skip
 "Probes of what images look like inside; the others differentiate a loss."
 

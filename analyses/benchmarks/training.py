@@ -1,0 +1,179 @@
+"""Images per second of a training step, against the same arithmetic written plainly, and what a step waits for.
+
+Run: make benchmark-training, or a part of it: python analyses/benchmarks/training.py step32|step224|data. Nothing to
+download. Not run to its end yet, so how long it takes is not known; each part prints its progress.
+
+step32, step224: one SSAT step (forward, backward, AdamW) of ViT-T/4 at 32 pixels and ViT-T/16 at 224, batch 64. Ours is
+the objective of the package under autocast; the plain ways share its weights and its arithmetic (checked: the losses
+agree to 1e-4 in float32), but their attention is written out with its matrix of weights and AdamW goes parameter by
+parameter. Also: ours with torch's math kernel of attention, and a step of training from scratch.
+data: share of a step's time at 32 pixels that is spent on reading and changing images, under the paper's augmentation.
+
+Ways take turns; a number is the median over the repeats of the ratio within one turn, with its range. Results are in
+figures/benchmark_training/<part>.json.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ssat_probe import objectives, registry
+from ssat_probe.augmentation import augment
+from ssat_probe.images import ArrayImages, Facts
+from ssat_probe.loading import batches
+from ssat_probe.network import build_encoder, resolve
+from ssat_probe.recipe import Recipe
+
+OUT = Path("figures") / "benchmark_training"
+SIZES = {"step32": ((32, 32), (4, 4)), "step224": ((224, 224), (16, 16))}
+REPEATS, STEPS = 5, {"step32": 3, "step224": 1, "data": 3}
+TARGETS = {
+    "plain bf16 / ours bf16": ("at least", 1.15),
+    "plain fp32 / ours bf16": ("at least", 3.0),
+    "ours bf16 / scratch bf16": ("at most", 1.4),
+}
+
+
+def facts_of(img_size: tuple[int, int]) -> Facts:
+    """Of images that nobody has seen."""
+    return Facts(tuple("abcdefghij"), img_size, 3, (0.5,) * 3, (0.25,) * 3, True, "", "", "")
+
+
+class Step:
+    """One way to make a step of the optimiser."""
+
+    def __init__(
+        self, part: str, method: Any, *, is_plain: bool, is_bf16: bool, kernel: SDPBackend | None = None
+    ) -> None:
+        img_size, patch_size = SIZES[part]
+        recipe = Recipe(method=method, model="vit_tiny", img_size=img_size, patch_size=patch_size, batch_size=64)
+        facts = facts_of(img_size)
+        recipe = resolve(recipe, facts)
+        encoder = build_encoder(recipe, facts)
+        behind = objectives.behind_encoder(recipe, facts, encoder)
+        name = objectives.name_of(recipe, "train")
+        self.objective = registry.load("objectives", name).Objective(recipe, encoder, behind)
+        if is_plain:
+            for module in self.objective.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = False
+        options: dict[str, Any] = {"foreach": False} if is_plain else {"fused": True}
+        self.optimiser = torch.optim.AdamW(self.objective.parameters(), lr=1e-4, **options)
+        self.is_bf16, self.kernel = is_bf16, kernel
+        generator = torch.Generator().manual_seed(0)
+        self.arguments = (
+            torch.randn(64, 3, *img_size, generator=generator),
+            torch.randint(0, 10, (64,), generator=generator),
+            torch.rand(64, encoder.num_tokens, generator=generator),
+        )
+
+    def loss(self) -> torch.Tensor:
+        """Of the batch."""
+        return self.objective(*self.arguments).total
+
+    def __call__(self) -> None:
+        """Make it."""
+        kernel = sdpa_kernel(self.kernel) if self.kernel else contextlib.nullcontext()
+        with kernel, torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
+            loss = self.loss()
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+def seconds_of(ways: dict[str, Callable[[], None]], steps: int) -> dict[str, list[float]]:
+    """Seconds of a step of each way, in turns, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(REPEATS + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            for _ in range(steps if turn else 1):
+                way()
+            if turn:
+                seconds[name].append((time.perf_counter() - started) / steps)
+        print(f"turn {turn} of {REPEATS}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], first: str, second: str) -> dict[str, Any]:
+    """Of two ways, within each turn."""
+    values = [one / other for one, other in zip(seconds[first], seconds[second], strict=True)]
+    found: dict[str, Any] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    if target := TARGETS.get(f"{first} / {second}"):
+        found["target"] = " ".join(map(str, target))
+        found["met"] = found["median"] >= target[1] if target[0] == "at least" else found["median"] <= target[1]
+    return found
+
+
+def step(part: str) -> dict[str, Any]:
+    """All ways of a step at one size."""
+    kinds = {
+        "ours bf16": ("ssat", {"is_plain": False, "is_bf16": True}),
+        "ours bf16, math kernel": ("ssat", {"is_plain": False, "is_bf16": True, "kernel": SDPBackend.MATH}),
+        "ours fp32": ("ssat", {"is_plain": False, "is_bf16": False}),
+        "plain bf16": ("ssat", {"is_plain": True, "is_bf16": True}),
+        "plain fp32": ("ssat", {"is_plain": True, "is_bf16": False}),
+        "scratch bf16": ("scratch", {"is_plain": False, "is_bf16": True}),
+    }
+    ways = {name: Step(part, method, **options) for name, (method, options) in kinds.items()}
+    losses = [float(ways[name].loss().detach()) for name in ("ours fp32", "plain fp32")]
+    assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), f"the ways differ: {losses}"
+    seconds = seconds_of(dict(ways), STEPS[part])
+    pairs = [
+        *(name.split(" / ") for name in TARGETS),
+        ("ours bf16, math kernel", "ours bf16"),
+        ("ours fp32", "ours bf16"),
+    ]
+    return {
+        "images_per_s": {name: 64 / statistics.median(values) for name, values in seconds.items()},
+        "seconds": seconds,
+        "ratios": {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs},
+    }
+
+
+def data() -> dict[str, Any]:
+    """Reading and changing images, as a share of the whole step."""
+    facts, generator = facts_of((32, 32)), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = ArrayImages(pixels, np.zeros(5000))
+    order = np.random.default_rng(0).permutation(5000)
+
+    def changed() -> None:
+        for loaded in batches(images, [order[:64]]):
+            augment(loaded[0], "strong", facts, generator)
+
+    made = Step("step32", "ssat", is_plain=False, is_bf16=True)
+    seconds = seconds_of({"images": changed, "step": made}, STEPS["data"])
+    shares = [one / (one + other) for one, other in zip(seconds["images"], seconds["step"], strict=True)]
+    share = {"median": statistics.median(shares), "low": min(shares), "high": max(shares)}
+    return {"seconds": seconds, "share": share | {"target": "at most 0.05", "met": share["median"] <= 0.05}}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "step32": lambda: step("step32"), "step224": lambda: step("step224"), "data": data,
+}  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    """Run some parts, or all."""
+    for name in names or list(PARTS):
+        if name not in PARTS:
+            sys.exit(f"A part must be one of {', '.join(PARTS)}, got {name!r}.")
+        found = PARTS[name]() | {"threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": REPEATS}
+        OUT.mkdir(parents=True, exist_ok=True)
+        (OUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps({key: value for key, value in found.items() if key != "seconds"}, indent=2))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1:])
