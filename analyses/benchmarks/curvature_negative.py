@@ -94,3 +94,4 @@ def draw(ax: Axes, table: DataFrame) -> None:
     widths = table[table["quantity"] == "width: mass below -τ"].groupby("products")["value"].mean() / 2
     ax.plot(widths.index, widths, color="black", linewidth=0.8, label="half width of our bracket")
     ax.set(xscale="log", yscale="log", xlabel="products", ylabel="error", title="Negative part")
+    ax.set_ylim(bottom=3e-6)  # room for the legend
