@@ -81,7 +81,8 @@ def markdown(table: DataFrame, record: dict[str, Any]) -> str:
             lines.append(f"| {part} | {what} | {model} | {median} | {spread} | {target} |")
     dates = sorted({entry["date"][:10] for entry in record.values()})
     where = next(iter(record.values()))
-    lines += ["", f"{' and '.join(dates)}, {where['machine']}, {where['threads']} threads, torch {where['torch']}.", ""]
+    threads = " or ".join(sorted({str(entry["threads"]) for entry in record.values()}))
+    lines += ["", f"{' and '.join(dates)}, {where['machine']}, {threads} threads, torch {where['torch']}.", ""]
     return "\n".join(lines)
 
 
