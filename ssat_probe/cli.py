@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -248,12 +248,13 @@ def _probe_command(name: str) -> Callable[..., None]:
         from ssat_probe import probe as runner
 
         out = out or Path("figures") / runner.folder_name(ckpt)
-        if line := runner.estimate(probe, ckpt, sample, source, out):
-            _say(line)
-        with _progress() as progress:
-            table = runner.run(probe, ckpt, sample, out, progress, source)
-        _print_table(probe.summary(table))
-        _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
+        with runner.joined(probe, sample) as is_first, _hushed(not is_first):
+            if line := runner.estimate(probe, ckpt, sample, source, out):
+                _say(line)
+            with _progress() as progress:
+                table = runner.run(probe, ckpt, sample, out, progress, source)
+            _print_table(probe.summary(table))
+            _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
 
     command.__doc__ = f"""{registry.summary("probes", name)}
 
@@ -387,6 +388,16 @@ def _changes(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{option} {name} must be followed by a value, got {value!r}; write {name}=3.") from error
     return changes
+
+
+@contextmanager
+def _hushed(is_silent: bool) -> Iterator[None]:
+    """Within the block, nothing is printed if another process prints the same."""
+    with open(os.devnull, "w") as nowhere, ExitStack() as stack:  # noqa: PTH123
+        if is_silent:
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 @contextmanager

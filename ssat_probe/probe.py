@@ -6,6 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -46,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 class Probe(Protocol):
     """A measurement: frozen options in, fresh table out; prints nothing, writes nothing, keeps nothing.
 
-    Six things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
+    Seven things are optional. A method ``between(subjects)`` gets the labels and subjects of all checkpoints one after
     another and returns their tables in the same order; `measure_all` calls it in place of ``measure``, for probes that
     compare checkpoints. A property ``num_steps`` says how many steps ``measure(subject, on_step=...)`` tells of, where
     one checkpoint takes long; 0 for none. A field ``untrained_twin: bool`` asks `measure_all` to add the untrained
@@ -55,7 +56,8 @@ class Probe(Protocol):
     measuring one checkpoint costs. A class variable ``resumes = True`` says that ``measure`` takes
     a folder ``unfinished`` for what lets it go on after an interruption; `run` removes it in the end. A class variable
     ``redrawn`` names options that change nothing of what is measured: where a table stands that differs in these alone,
-    `run` gives it to a method ``redraw(table) -> table`` instead of measuring.
+    `run` gives it to a method ``redraw(table) -> table`` instead of measuring. A class variable ``shares = True`` says
+    that ``measure`` shares the images between processes that were started together.
     """
 
     split: ClassVar[str]
@@ -185,7 +187,9 @@ def estimate(
     """
     if not hasattr(probe, "estimate"):
         return ""
-    if out is not None and reuse.redrawn(probe, paths, sample, out, source=source):
+    from ssat_probe.measures.processes import gathered
+
+    if out is not None and all(gathered([reuse.redrawn(probe, paths, sample, out, source=source) is not None])):
         return f"{name_of(probe)}: drawn again from {out / name_of(probe)}.csv, nothing is measured"
     from ssat_probe.subject import Subject
 
@@ -222,12 +226,15 @@ def record_of(
     """
     import torch
 
+    from ssat_probe.measures.processes import place
+
     return {
         **asked(probe, sample, source),
         "checkpoints": seen,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": place()[1],
         "seconds": round(seconds, 3),
     }
 
@@ -253,13 +260,45 @@ def run(
     Returns:
         The table.
     """
+    from ssat_probe.measures.processes import gathered, place
+
     check_writable(out)
-    unfinished = out / f".{name_of(probe)}-unfinished"
+    unfinished, (rank, num) = out / f".{name_of(probe)}-unfinished", place()
     found = reuse.redrawn(probe, paths, sample, out, source=source)
-    table, record = found or measure_all(probe, paths, sample, progress, source, unfinished)
-    write_results(probe, table, record, out)
+    if not all(gathered([found is not None])):
+        own = unfinished / f"{rank}of{num}" if num > 1 else unfinished  # they may share a disk or not
+        found = measure_all(probe, paths, sample, progress, source, own)
+    assert found is not None
+    if rank == 0:
+        write_results(probe, *found, out)
+    gathered([])  # all wait until the results are there
     shutil.rmtree(unfinished, ignore_errors=True)
-    return table
+    return found[0]
+
+
+@contextmanager
+def joined(probe: Probe, sample: Sample) -> Iterator[bool]:
+    """Within the block, processes that were started together share the work of a probe.
+
+    Args:
+        probe: What will be run.
+        sample: On which device.
+
+    Yields:
+        Whether this is the process that speaks and writes; it is where there is only one.
+
+    Raises:
+        ValueError: If there are several and the probe cannot share.
+    """
+    from ssat_probe.measures.processes import joined, place
+
+    with joined(sample.device):
+        if place()[1] > 1 and not getattr(probe, "shares", False):
+            raise ValueError(
+                f"{name_of(probe)} must run in one process, got {place()[1]} of them; only hessian shares its images. "
+                "Start it without accelerate launch or torchrun."
+            )
+        yield place()[0] == 0
 
 
 def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out: Path, name: str = "") -> None:

@@ -1,6 +1,9 @@
 """The runner: identity columns, records, files, and when a result is up to date."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 
 from ssat_probe import drawing, probe, registry
 from ssat_probe.checkpoint import load_checkpoint
+from ssat_probe.measures import processes
 from ssat_probe.sample import Sample
+from ssat_probe.subject import Subject
 from ssat_probe.table import read_table
 
 Paths = dict[str, Path]
@@ -120,6 +125,58 @@ def test_a_run_writes_table_record_and_figure(checkpoints: Paths, tmp_path: Path
     pd.testing.assert_frame_equal(read_table(tmp_path / "out" / "accuracy.csv"), table, check_exact=True)
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "accuracy.pdf").read_bytes().startswith(b"%PDF")
+
+
+class TestSeveralProcesses:
+    def run(self, options: list[str], out: Path, num: int) -> pd.DataFrame:
+        """Through the command line, as so many processes; what was printed must be one table."""
+        start = ["torch.distributed.run", f"--nproc-per-node={num}", "--master-port=0", "-m"] if num > 1 else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "COLUMNS": "200"}
+        words = [sys.executable, "-m", *start, "ssat_probe", "hessian", *options, "--device", "cpu", "--out", str(out)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("Wrote") == done.stdout.count("checkpoint ") == 1
+        assert json.loads((out / "hessian.json").read_text())["processes"] == num
+        assert not list(out.glob(".*"))
+        return read_table(out / "hessian.csv")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--steps", "7", "--probes", "2", "--num-images", "21", "--batch-size", "5"],
+            ["--compare", "exact", "lanczos", "lissa", "--params", "head.bias", "--num-images", "7", "--steps", "5"],
+        ],
+        ids=["lanczos", "compare, one batch"],
+    )
+    def test_the_command_line_gives_the_numbers_of_one(
+        self, checkpoints: Paths, tmp_path: Path, options: list[str]
+    ) -> None:
+        options = ["--ckpt", str(checkpoints["ssat"]), "--dtype", "float64", *options]
+        one, two = (self.run(options, tmp_path / str(num), num) for num in (1, 2))
+        tables = [
+            table[~table["quantity"].str.contains("seconds|check_|asymmetry|noise_floor")] for table in (one, two)
+        ]
+        assert len(tables[0]) > 40
+        if "--compare" in options:  # a step that finds nothing new is rounding, and so is what it is measured by
+            tables = [
+                table[~table["quantity"].str.contains("lissa:(?:inner|inverse|node|products|wasser)")]
+                for table in tables
+            ]
+        scale = float(one.loc[one["quantity"].str.endswith("lambda_max"), "value"].max())
+        pd.testing.assert_frame_equal(*tables, rtol=1e-9, atol=1e-10 * scale)
+
+    def test_what_cannot_share_is_refused(self, checkpoints: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processes, "place", lambda: (1, 2))
+        with (
+            pytest.raises(ValueError, match="attention must run in one process, got 2 of them; only hessian shares"),
+            probe.joined(probe.make("attention"), SAMPLE),
+        ):
+            pass
+        with probe.joined(probe.make("hessian"), SAMPLE) as is_first:
+            assert not is_first
+        subject = Subject.of(checkpoints["ssat"], SAMPLE)
+        with pytest.raises(ValueError, match=r"The method pyhessian must run in one process, .* got 2 processes"):
+            probe.make("hessian", compare=("lanczos", "pyhessian")).measure(subject)
 
 
 def test_a_figure_can_be_drawn_from_a_table_read_back(checkpoints: Paths, tmp_path: Path) -> None:

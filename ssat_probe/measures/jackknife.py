@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import Krylov, ritz
+from ssat_probe.measures.processes import gathered
 
 NUM_VECTORS = 5  # Ritz vectors at either end that may mix where a batch is left out; ours, no source
 QUANTITIES = ("lambda_max", "lambda_min", "trace", "negative_energy")
@@ -82,7 +83,7 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
     if krylov.basis is None:
         raise ValueError("A jackknife needs the basis of the run, got none. Run Lanczos with its basis kept.")
     vectors, signs = _vectors(krylov, num_vectors)
-    grams, sums, sizes, num_products = [], [], [], 0
+    found = []
     for batch, num in operator.batches:
         one = HessianOperator(
             operator.parameters,
@@ -93,14 +94,12 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
         )
         with one:
             images = torch.stack([one.product(vector) for vector in vectors])
-        grams.append((vectors[:-1] @ images[:-1].T).cpu().numpy())
-        sums.append((signs @ images[-1]).cpu().numpy())
-        sizes.append(num)
-        num_products = one.num_products
-    if len(sizes) < 2:
-        return DataErrors(dict.fromkeys(QUANTITIES, float("nan")), len(sizes), num_products)
-    errors = _errors(np.array(grams), np.array(sums), np.array(sizes, dtype=float), *_weights(krylov, num_vectors))
-    return DataErrors(errors, len(sizes), num_products)
+        found.append(((vectors[:-1] @ images[:-1].T).cpu().numpy(), (signs @ images[-1]).cpu().numpy(), float(num)))
+    found = gathered(found) if operator.is_sharded else found
+    if len(found) < 2:
+        return DataErrors(dict.fromkeys(QUANTITIES, float("nan")), len(found), len(vectors))
+    grams, sums, sizes = (np.array(part) for part in zip(*found, strict=True))
+    return DataErrors(_errors(grams, sums, sizes, *_weights(krylov, num_vectors)), len(found), len(vectors))
 
 
 def _places(krylov: Krylov, num_vectors: int) -> list[int]:

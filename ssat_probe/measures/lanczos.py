@@ -93,6 +93,7 @@ class LanczosRun:
         folder: Path | None = None,
         is_on_disk: bool = False,
         key: str = "",
+        is_new: bool = False,
     ) -> None:
         """Begin, or go on where the folder says that a run with the same key and sizes was left.
 
@@ -106,6 +107,7 @@ class LanczosRun:
             folder: Where `save` puts the state; None if the run is not to be gone on with.
             is_on_disk: Keep the basis in a file of the folder instead of in memory.
             key: Of everything that the products depend on; a state with another key is not gone on from.
+            is_new: Begin even where there is a state to go on from.
 
         Raises:
             ValueError: If ``steps`` is less than one, or the start vector is zero.
@@ -128,7 +130,7 @@ class LanczosRun:
             self.basis = DiskBasis(self.steps, size, path, device)
         else:
             self.basis = MemoryBasis(self.steps, size, path, device)
-        if not self._load():
+        if is_new or not self._load():
             vector = _gaussian(size, self._generator, device) if start is None else start.to(device, torch.float64)
             if not 0 < float(vector.norm()) < float("inf"):
                 raise ValueError(

@@ -30,6 +30,7 @@ from ssat_probe.measures.inverse import (
 from ssat_probe.measures.jackknife import DataErrors, data_errors
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.peers import pyhessian
+from ssat_probe.measures.processes import gathered
 from ssat_probe.measures.stopping import Until, is_reached, run_length
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
@@ -186,16 +187,13 @@ def _run(operator: HessianOperator, settings: Settings, folder: Path | None, pro
     own = None if folder is None else folder / f"probe{probe}"
     if own is not None:
         own.mkdir(parents=True, exist_ok=True)
-    return LanczosRun(
-        operator.size,
-        settings.steps,
-        seed=settings.seed + 1_000_003 * probe,
-        precision=operator.precision,
-        device=operator.device,
-        folder=own,
-        is_on_disk=settings.is_on_disk,
-        key=settings.key,
-    )
+    options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "folder": own}
+    options |= {"is_on_disk": settings.is_on_disk, "seed": settings.seed + 1_000_003 * probe}
+    run = LanczosRun(operator.size, settings.steps, key=settings.key, **options)
+    if operator.is_sharded and len(set(gathered([run.num_steps]))) > 1:  # interrupted between one save and the next
+        run.close()
+        run = LanczosRun(operator.size, settings.steps, key=settings.key, is_new=True, **options)
+    return run
 
 
 def _finish(runs: list[LanczosRun], operator: HessianOperator, settings: Settings, noise: float, before: int) -> None:
@@ -293,7 +291,7 @@ def _solver_rows(operator: HessianOperator, calibration: Calibration, settings: 
         found: dict[str, Solution] = {
             solver: inverse_product(operator.product, vector, calibration, solver) for solver in SOLVERS
         }
-        if len(parts) > 1:
+        if len(parts) > 1 and not operator.is_sharded:  # a process has not all of the mini-batches
             device: dict[str, Any] = {"precision": operator.precision, "device": operator.device}
             noisy = calibrated(operator.product, operator.size, products, seed=settings.seed, **device)
             found["lissa_batches"] = lissa(

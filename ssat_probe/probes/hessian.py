@@ -69,6 +69,7 @@ class Probe:
     split: ClassVar[str] = "train"
     resumes: ClassVar[bool] = True
     redrawn: ClassVar[tuple[str, ...]] = ("tau", "bandwidth")
+    shares: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (
         Column("quantity", "", "what the row holds"),
         Column("probe", "", "start vector, from 0; -1 for what all of them give together"),
@@ -114,11 +115,13 @@ class Probe:
 
         from ssat_probe.measures.certificate import certify
         from ssat_probe.measures.methods import Settings, compared, rows_of
+        from ssat_probe.measures.processes import place
         from ssat_probe.measures.redrawing import redrawn
         from ssat_probe.measures.stopping import until
 
         subject, everything, space, plain, operator = self._prepared(subject)
-        key = "" if unfinished is None else self._key(subject, [space.micro_batch, space.is_cached])
+        plan = [space.micro_batch, space.is_cached, place()[1]]
+        key = "" if unfinished is None else self._key(subject, plan)
         folder = None if unfinished is None else unfinished / hashlib.sha256(key.encode()).hexdigest()[:16]
         certificate, evaluation = certify(operator, evaluated=plain), plain.evaluate()
         mode = self._mode(operator, space, folder)
@@ -224,6 +227,7 @@ class Probe:
     def _check(self) -> None:
         """Refuse options that are out of range, before anything is computed."""
         from ssat_probe.measures.methods import METHODS
+        from ssat_probe.measures.processes import place
         from ssat_probe.measures.stopping import until
 
         for text in self.until:
@@ -246,6 +250,12 @@ class Probe:
         if self.matrix == "gauss_newton" and self.loss != "cross_entropy":
             raise ValueError(
                 f"The Gauss-Newton matrix must be of the loss cross_entropy, got {self.loss!r}. Take --matrix hessian."
+            )
+        alone = sorted({"batches", "pyhessian"} & {self.method, *self.compare})
+        if place()[1] > 1 and alone:
+            raise ValueError(
+                f"The method {alone[0]} must run in one process, which sees every batch, got {place()[1]} processes. "
+                "Start it without accelerate launch or torchrun."
             )
         if self.matrix == "gauss_newton" and {"pyhessian"} & {self.method, *self.compare}:
             raise ValueError("PyHessian knows the matrix hessian only, got 'gauss_newton'. Leave pyhessian out.")
@@ -272,14 +282,16 @@ class Probe:
     def _mode(self, operator: "HessianOperator", space: "Room", folder: Path | None) -> "Mode":
         """The fastest way to products; that of the interrupted run where there is one."""
         from ssat_probe.measures.mode import Mode, fastest
+        from ssat_probe.measures.processes import first
 
         kept = None if folder is None else folder / "mode.json"
-        if kept is not None and kept.is_file():
-            mode = Mode(**json.loads(kept.read_text(encoding="utf-8")))
-            operator.keeps = mode.name != "fresh"
-            return mode
-        fits: Any = {"is_cached": space.is_cached, "max_chunk": space.max_chunk}
-        mode = fastest(operator, num_vectors=self.probes, asked=self.mode, **fits)
+        found = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else None
+        if (known_mode := first(found)) is not None:
+            mode = Mode(**known_mode)
+        else:
+            fits: Any = {"is_cached": space.is_cached, "max_chunk": space.max_chunk}
+            mode = first(fastest(operator, num_vectors=self.probes, asked=self.mode, **fits))
+        operator.keeps = mode.name != "fresh"
         if kept is not None:
             write_atomically(kept, json.dumps(asdict(mode)))
         return mode
@@ -296,8 +308,10 @@ class Probe:
     def _keep(folder: Path, subject: "Subject", loss: str, krylov: "Krylov") -> None:
         from ssat_probe.eigenvectors import keep
         from ssat_probe.measures.directions import eigenvectors
+        from ssat_probe.measures.processes import place
 
-        keep(folder, subject, loss, eigenvectors(krylov, 2))
+        if place()[0] == 0:
+            keep(folder, subject, loss, eigenvectors(krylov, 2))
 
     def draw(self, table: "DataFrame") -> "Figure":
         """Density, negative part apart, certified shares below zero; both ends and negative energy per method.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,3 +77,9 @@ def test_one_process_is_all_there_is() -> None:
     assert processes.summed(tensor) is tensor
     assert processes.gathered([1, 2]) == [1, 2]
     assert processes.first("a") == "a"
+
+
+def test_a_process_that_was_started_alone_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with processes.joined():
+        assert processes.place() == (0, 1)
