@@ -168,7 +168,7 @@ def room_for(
         params: As for `operators`.
         max_bytes: The budget, beside model and images.
         num_vectors: Lanczos vectors that are kept.
-        taken: Bytes of the budget that dense matrices take.
+        taken: Bytes of the budget that dense matrices and vectors beside products and Lanczos steps take.
 
     Returns:
         For `operators`; a budget that is too small is a ValueError.

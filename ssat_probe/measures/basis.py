@@ -186,6 +186,23 @@ class _VectorFile:
 Basis = MemoryBasis | DiskBasis
 
 
+def combined(coefficients: Float64[np.ndarray, "vector step"], basis: Basis) -> Float64[Tensor, "vector parameter"]:
+    """Linear combinations of the first vectors of a basis, which need not fit into memory.
+
+    Args:
+        coefficients: Of each combination.
+        basis: Of at least so many vectors as there are columns.
+
+    Returns:
+        Where the vectors are used.
+    """
+    total, step = torch.zeros(0), 0
+    for rows in basis.blocks(coefficients.shape[1]):
+        part = torch.from_numpy(coefficients[:, step : step + len(rows)].copy()).to(rows) @ rows
+        total, step = total + part if step else part, step + len(rows)
+    return total
+
+
 def orthogonal(vector: Float64[Tensor, " parameter"], basis: Basis, num: int) -> Float64[Tensor, " parameter"]:
     """Part of a vector that is orthogonal to the first vectors of a basis, by Gram-Schmidt in two passes.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from ssat_probe.measures.basis import combined
 from ssat_probe.measures.lanczos import Krylov, ritz
 from ssat_probe.registry import known
 
@@ -183,16 +184,17 @@ def eigenvectors(krylov: Krylov, num: int = 1) -> tuple[list[Eigenvector], list[
         )
     found = ritz(krylov)
     _, small = np.linalg.eigh(krylov.matrix)
+    last = len(krylov.alphas) - 1
+    places = [*(last - rank for rank in range(num)), *range(num)]
+    vectors = combined(small[:, places].T, krylov.basis)
 
-    def at(place: int) -> Eigenvector:
-        coefficients = torch.from_numpy(small[:, place].copy()).to(krylov.basis.device)  # type: ignore[union-attr]
-        vector = krylov.basis.T @ coefficients  # type: ignore[union-attr]
+    def at(place: int, vector: Tensor) -> Eigenvector:
         vector = vector / vector.norm() * (1 if small[0, place] >= 0 else -1)
         residual, converged = float(found.residuals[place]), bool(found.converged[place])
         return Eigenvector(float(found.values[place]), residual, converged, vector)
 
-    last = len(krylov.alphas) - 1
-    return [at(last - rank) for rank in range(num)], [at(rank) for rank in range(num)]
+    both = [at(place, vector) for place, vector in zip(places, vectors, strict=True)]
+    return both[:num], both[num:]
 
 
 def cosine(one: Float64[Tensor, " parameter"], two: Float64[Tensor, " parameter"]) -> float:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ssat_probe.measures.basis import combined
 from ssat_probe.measures.lanczos import Krylov, ritz
 
 
@@ -45,7 +46,7 @@ def top_space(krylov: Krylov, num: int) -> Eigenspace:
     found = ritz(krylov)
     num = min(num, len(found.values))
     _, coefficients = np.linalg.eigh(krylov.matrix)
-    vectors = torch.from_numpy(coefficients[:, ::-1][:, :num].T.copy()).to(krylov.basis) @ krylov.basis
+    vectors = combined(coefficients[:, ::-1][:, :num].T, krylov.basis)
     residual = float(np.linalg.norm(found.residuals[-num:]))
     gap = float(found.values[-num] - found.values[-num - 1]) if num < len(found.values) else np.inf
     error = residual / gap if gap > 0 else np.inf

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ssat_probe.measures.basis import combined
 from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import Krylov, ritz
 from ssat_probe.measures.processes import gathered
 
 NUM_VECTORS = 5  # Ritz vectors at either end that may mix where a batch is left out; ours, no source
+NUM_HELD = 2 * NUM_VECTORS + 5  # vectors alive at once: these, the start's remainder, its three functions, an image
 QUANTITIES = ("lambda_max", "lambda_min", "trace", "negative_energy")
 _EMPTY = 1e-9  # length of the start vector's remainder below which nothing is left
 
@@ -92,14 +94,15 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
             reduction=operator.reduction,
             coordinates=operator.coordinates,
         )
-        with one:
-            images = torch.stack([one.product(vector) for vector in vectors])
-        found.append(((vectors[:-1] @ images[:-1].T).cpu().numpy(), (signs @ images[-1]).cpu().numpy(), float(num)))
+        with one:  # products one by one: all of them at once would be many vectors
+            gram = torch.stack([vectors[:-1] @ one.product(vector) for vector in vectors[:-1]])
+            sums = signs @ one.product(vectors[-1])
+        found.append((gram.cpu().numpy(), sums.cpu().numpy(), float(num)))
     found = gathered(found) if operator.is_sharded else found
     if len(found) < 2:
         return DataErrors(dict.fromkeys(QUANTITIES, float("nan")), len(found), len(vectors))
-    grams, sums, sizes = (np.array(part) for part in zip(*found, strict=True))
-    return DataErrors(_errors(grams, sums, sizes, *_weights(krylov, num_vectors)), len(found), len(vectors))
+    grams, rests, sizes = (np.array(part) for part in zip(*found, strict=True))
+    return DataErrors(_errors(grams, rests, sizes, *_weights(krylov, num_vectors)), len(found), len(vectors))
 
 
 def _places(krylov: Krylov, num_vectors: int) -> list[int]:
@@ -127,7 +130,7 @@ def _vectors(krylov: Krylov, num_vectors: int) -> tuple[Tensor, Tensor]:
     wanted = np.concatenate(
         [coefficients.T[_places(krylov, num_vectors)], (coefficients @ rest)[None], (functions * rest) @ coefficients.T]
     )
-    found = torch.from_numpy(wanted).to(krylov.basis) @ krylov.basis
+    found = combined(wanted, krylov.basis)
     return found[:-3], found[-3:]
 
 

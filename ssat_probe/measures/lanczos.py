@@ -32,7 +32,8 @@ class Krylov:
     breaks: tuple[int, ...]
     size: int
     precision: float
-    basis: Float64[Tensor, "step parameter"] | None = None
+    basis: Basis | None = None
+    "Where it was kept, in memory or in a file; for `combined`."
 
     @property
     def matrix(self) -> Float64[np.ndarray, "step step"]:
@@ -176,13 +177,13 @@ class LanczosRun:
         """Coefficients so far.
 
         Args:
-            with_basis: Keep the basis too; all of it is read into memory.
+            with_basis: Keep the basis too, where it lies; in a file it can be read until `close`.
 
         Returns:
             For `ritz` and for quadrature.
         """
         num = self.num_steps
-        basis = self.basis.first(num) if with_basis else None
+        basis = self.basis if with_basis else None
         return Krylov(
             self._alphas[:num].copy(), self._betas[:num].copy(), tuple(self._breaks), self.size, self.precision, basis
         )
@@ -248,9 +249,9 @@ def lanczos(
         run.take(product(run.vector))
         if on_step is not None:
             on_step(run.num_steps)
-    krylov = run.krylov(with_basis)
-    run.close()
-    return krylov
+    if not with_basis:
+        run.close()
+    return run.krylov(with_basis)
 
 
 def ritz(krylov: Krylov, tolerance: float = CONVERGED) -> Ritz:

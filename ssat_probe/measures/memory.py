@@ -131,7 +131,7 @@ def room(
         needs: Of the graphs.
         num_images: In all.
         batch_size: Images that share a graph at most.
-        taken: Bytes for dense matrices.
+        taken: Bytes for dense matrices and other vectors.
 
     Returns:
         The largest micro-batch that fits, the basis in memory if it takes at most half the budget.

@@ -56,7 +56,7 @@ class Probe:
     most_seconds: float = 3600.0
     "Seconds that an exact spectrum may take; one that is estimated to take longer is refused."
     jackknife: bool = True
-    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches, vectors in memory."
+    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches."
     augmented: bool = False
     "Look at images changed as in training, each always in the same way."
     l2: bool = False
@@ -134,7 +134,7 @@ class Probe:
             max_chunk=space.max_chunk,
             max_seconds=self.most_seconds,
             bystanders=tuple(everything.values()),
-            jackknife=self.jackknife and not space.is_on_disk,
+            jackknife=self.jackknife,
             solvers=True,
             on_step=on_step,
             on_run=on_run,
@@ -204,6 +204,7 @@ class Probe:
         """Subject in the arithmetic of the method, its parameters, the memory; operators of loss and matrix."""
         from ssat_probe.curvature import in_float64, operators, room_for
         from ssat_probe.measures.exact import refuse
+        from ssat_probe.measures.jackknife import NUM_HELD
         from ssat_probe.measures.selection import selected
 
         self._check()
@@ -212,7 +213,8 @@ class Probe:
         everything = subject.parameters(self.loss)
         parameters, coordinates = selected(everything, self.params)
         size = sum(one.numel() for one in parameters.values()) if coordinates is None else len(coordinates)
-        taken = refuse(parameters, size, self._max_bytes) if is_exact else 0
+        held = NUM_HELD if self.num_steps and self.jackknife else 0
+        taken = (refuse(parameters, size, self._max_bytes) if is_exact else 0) + 8 * held * size
         budget: Any = {"max_bytes": self._max_bytes, "taken": taken, "num_vectors": self.num_steps and self.steps}
         space = room_for(subject, everything, self.loss, self.params, **budget)
         chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}

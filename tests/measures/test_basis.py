@@ -3,11 +3,12 @@
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ssat_probe.measures import basis as module
-from ssat_probe.measures.basis import Basis, DiskBasis, MemoryBasis, orthogonal
+from ssat_probe.measures.basis import Basis, DiskBasis, MemoryBasis, combined, orthogonal
 
 SIZE = 101
 
@@ -30,6 +31,17 @@ def test_what_was_put_in_comes_out_bit_by_bit(kind, tmp_path, monkeypatch):
     assert torch.equal(basis[7], rows[7])
     assert torch.equal(torch.cat([block.clone() for block in basis.blocks(11)]), rows[:11])
     assert torch.equal(basis.first(3), rows[:3])
+    basis.close()
+
+
+@pytest.mark.parametrize("kind", [MemoryBasis, DiskBasis])
+def test_combinations_of_vectors_wherever_they_lie(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 8 * SIZE * 5)
+    basis, rows = made(kind, tmp_path), vectors()
+    for place, row in enumerate(rows):
+        basis[place] = row
+    coefficients = np.random.default_rng(0).standard_normal((12, 3)).T  # not contiguous
+    torch.testing.assert_close(combined(coefficients, basis), torch.from_numpy(coefficients) @ rows[:12])
     basis.close()
 
 

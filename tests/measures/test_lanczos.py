@@ -29,9 +29,10 @@ class TestCoefficients:
     def test_basis_is_orthonormal_and_tridiagonalises(self):
         matrix = symmetric(network_like())
         krylov = run(matrix, 97, with_basis=True)
-        identity = krylov.basis @ krylov.basis.T
+        basis = krylov.basis.first(97)
+        identity = basis @ basis.T
         assert float((identity - torch.eye(97)).abs().max()) < 1e-14
-        projected = krylov.basis @ matrix @ krylov.basis.T
+        projected = basis @ matrix @ basis.T
         np.testing.assert_allclose(projected.numpy(), krylov.matrix, atol=1e-12)
         assert krylov.breaks == ()
 

@@ -8,8 +8,11 @@ from pandas import DataFrame
 from torch import nn
 
 from ssat_probe.measures import methods
+from ssat_probe.measures.basis import DiskBasis, MemoryBasis
 from ssat_probe.measures.certificate import certify
+from ssat_probe.measures.directions import eigenvectors
 from ssat_probe.measures.hessian import Evaluation, HessianOperator, dense
+from ssat_probe.measures.lanczos import Krylov
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
 from ssat_probe.measures.stopping import Until
@@ -194,9 +197,19 @@ class TestGoingOn:
         def look(step: int) -> None:
             seen.update(path.name for path in tmp_path.rglob("*.float64"))
 
-        there, _ = rows_and_steps(operator, is_on_disk=True, on_step=look)
-        here, _ = rows_and_steps(operator)
+        kept: list[Krylov] = []
+        spectra: list[np.ndarray] = []
+
+        def keep(krylov: Krylov) -> None:
+            kept.append(krylov)
+            spectra.append(torch.stack([one.vector for end in eigenvectors(krylov, 2) for one in end]).numpy())
+
+        there, _ = rows_and_steps(operator, is_on_disk=True, on_step=look, jackknife=True, on_run=keep)
+        here, _ = rows_and_steps(operator, jackknife=True, on_run=keep)
         np.testing.assert_equal(there, here)
+        np.testing.assert_equal(*spectra)
+        assert [type(krylov.basis) for krylov in kept] == [DiskBasis, MemoryBasis]
+        assert any(row.get("data_error", 0) > 0 for row in there)
         assert seen == {"basis.float64"}
         assert list(tmp_path.iterdir()) == []
 

@@ -340,6 +340,12 @@ class TestRunControl:
         assert not space.is_cached
         assert space.micro_batch < subject.batch_size
 
+    def test_a_basis_that_lies_on_disk_takes_no_error_away(self, subject):
+        found = hessian.Probe(steps=STEPS, memory=1.4e-3).measure(subject)
+        assert found.attrs["memory"]["is_on_disk"]
+        rows = found[found["quantity"].isin(["lambda_max", "lambda_min", "trace", "negative_energy"])]
+        assert (rows["data_error"] > 0).all()
+
     def test_a_budget_too_small_is_refused(self, subject):
         with pytest.raises(ValueError, match=r"memory must be at least .* GiB .* got 1e-05"):
             hessian.Probe(memory=1e-5).measure(subject)
