@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ssat_probe.measures import processes
 from ssat_probe.measures.batching import pieces
-from ssat_probe.measures.gauss_newton import cross_entropy_output, gauss_newton
+from ssat_probe.measures.gauss_newton import Output, cross_entropy_output, gauss_newton
 from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.memory import Room, need, room
 from ssat_probe.measures.selection import selected
@@ -82,6 +83,23 @@ def l2_term(parameters: Mapping[str, Tensor], weight_decay: float) -> Callable[[
     return lambda: 0.5 * weight_decay * torch.stack([one.square().sum() for one in decayed]).sum()
 
 
+@contextmanager
+def constant(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Parameters do not require gradients within the block: no graph is recorded below the first that still does.
+
+    Args:
+        tensors: Put back as found at the end, also after an exception.
+    """
+    found = [one for one in tensors if one.requires_grad]
+    try:
+        for one in found:
+            one.requires_grad_(False)
+        yield
+    finally:
+        for one in found:
+            one.requires_grad_(True)
+
+
 def operators(
     subject: Subject,
     everything: Mapping[str, Tensor],
@@ -114,18 +132,21 @@ def operators(
     options: dict[str, Any] = {"coordinates": coordinates, "is_sharded": processes.place()[1] > 1}
     decay = l2_term(parameters, subject.checkpoint.recipe.weight_decay) if l2 else None
 
+    others = [one for name, one in everything.items() if name not in parameters]
+
     def whole(batch: Batch) -> Tensor:
-        return subject.loss(batch, loss) if decay is None else subject.loss(batch, loss) + decay()
+        with constant(others):
+            value = subject.loss(batch, loss)
+        return value if decay is None else value + decay()
+
+    def output(batch: Batch) -> Output:
+        with constant(others):
+            return cross_entropy_output(subject.model(batch.images))
 
     plain = HessianOperator(parameters, whole, batches, **options)
     if matrix == "hessian":
         return plain, plain
-    return plain, gauss_newton(
-        parameters,
-        lambda batch: cross_entropy_output(subject.model(batch.images)),
-        batches,
-        **options,
-    )
+    return plain, gauss_newton(parameters, output, batches, **options)
 
 
 def shared_parameters(subject: Subject) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
-from ssat_probe.curvature import SizedBatches, in_float64, l2_term, operators
+from ssat_probe.curvature import SizedBatches, constant, in_float64, l2_term, operators
+from ssat_probe.measures.exact import assembled
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 
@@ -80,3 +81,46 @@ def test_augmented_images_are_frozen(subject):
     changed = [operators(subject, subject.parameters(), is_augmented=True)[0].evaluate() for _ in range(2)]
     assert changed[0].loss == changed[1].loss
     assert changed[0].loss != operators(subject, subject.parameters())[0].evaluate().loss
+
+
+class TestPartOfAModel:
+    PATTERN = "blocks.5.norm2.*"
+
+    def test_its_exact_hessian_is_that_part_of_the_whole(self, subject):
+        subject = in_float64(subject)
+        everything = subject.parameters()
+        part, _ = operators(subject, everything, params=(self.PATTERN,))
+        whole, _ = operators(subject, everything)
+        names = torch.cat([torch.full((one.numel(),), name in part.parameters) for name, one in everything.items()])
+        places = names.nonzero()[:, 0]
+        units = torch.zeros(len(places), whole.size, dtype=torch.float64)
+        units[torch.arange(len(places)), places] = 1
+        with whole:
+            wanted = torch.cat([whole.products(some) for some in units.split(16)])[:, places]
+        found = assembled(part)
+        assert found.matrix.shape == (64, 64)
+        assert float((found.matrix - wanted).norm() / wanted.norm()) < 1e-12
+
+    def test_no_graph_is_recorded_below_it_and_the_model_is_left_as_found(self, subject):
+        seen: dict[int, bool] = {}
+        for place, block in enumerate(subject.model.blocks):
+            block.register_forward_hook(lambda _, __, out, place=place: seen.update({place: out.requires_grad}))
+        for matrix in ("hessian", "gauss_newton"):
+            seen.clear()
+            _, operator = operators(subject, subject.parameters(), params=(self.PATTERN,), matrix=matrix)
+            operator.product(torch.ones(operator.size, dtype=torch.float64))
+            assert seen == {**dict.fromkeys(range(5), False), 5: True}
+        assert all(one.requires_grad for one in subject.model.parameters() if one is not subject.model.pos_embed)
+        assert not subject.model.pos_embed.requires_grad
+
+    def test_flags_come_back_after_an_exception_and_frozen_parameters_stay_frozen(self):
+        free, frozen = (torch.ones(2, requires_grad=is_free) for is_free in (True, False))
+        with constant([free, frozen]):
+            assert not free.requires_grad
+
+        def fail() -> None:
+            raise RuntimeError("no such luck")
+
+        with pytest.raises(RuntimeError, match="no such luck"), constant([free, frozen]):
+            fail()
+        assert (free.requires_grad, frozen.requires_grad) == (True, False)

@@ -130,7 +130,7 @@ def test_a_run_writes_table_record_and_figure(checkpoints: Paths, tmp_path: Path
 class TestSeveralProcesses:
     def run(self, options: list[str], out: Path, num: int) -> pd.DataFrame:
         """Through the command line, as so many processes; what was printed must be one table."""
-        start = ["torch.distributed.run", f"--nproc-per-node={num}", "--master-port=0", "-m"] if num > 1 else []
+        start = ["torch.distributed.run", f"--nproc-per-node={num}", "--standalone", "-m"] if num > 1 else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "COLUMNS": "200"}
         words = [sys.executable, "-m", *start, "ssat_probe", "hessian", *options, "--device", "cpu", "--out", str(out)]
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)

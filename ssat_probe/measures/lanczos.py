@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
+from scipy.special import betaincinv
 from torch import Tensor
 
 from ssat_probe.measures.basis import Basis, DiskBasis, MemoryBasis, orthogonal
@@ -282,22 +283,28 @@ def beyond_ends(krylov: Krylov, probability: float = 0.01) -> float:
     Residuals prove that eigenvalues are there, not that none lies further out; a random start vector makes that
     unlikely. The bound knows nothing of the spectrum and is wide for few steps.
 
+    Let the eigenvalues be x from 0 to 1, b their components in the start vector, and all Ritz values of k steps below
+    1 - ε. Then Σ b² p(x)² (x - 1 + ε) < 0 for every polynomial p of degree k - 1. With x = (1 - ε)(1 - s²) and
+    p = T(s)/s, T the Chebyshev polynomial of degree 2k - 1, which is odd, p² (1 - ε - x) is at most 1 - ε where it is
+    positive, and (1 - ε) sinh²((2k - 1) artanh √ε) below zero at x = 1. So the component along x = 1 is less than
+    1/cosh((2k - 1) artanh √ε), which for a random unit vector has a probability known exactly (Beta distribution).
+
     Args:
         krylov: A run from a random start vector.
-        probability: Of the bound being wrong, for either end.
+        probability: Of the bound being wrong, for one of the ends or both.
 
     Returns:
         In units of the eigenvalues; infinite if the bound says nothing.
 
     References:
-        Kuczyński & Woźniakowski (1992), SIAM J. Matrix Anal. Appl. 13, for λ - λmin and λmax - λ. The rate
-        √n exp(-(2k - 1) √ε) is that of their abstract; the constant 1.648 was not checked against the paper's text, a
-        test sees that the bound covers.
+        Kuczyński & Woźniakowski (1992), SIAM J. Matrix Anal. Appl. 13, give the rate √n exp(-(2k - 1) √ε), which this
+        has too; their constant is not used.
     """
     num = len(krylov.alphas)
     if num == krylov.size:
         return 0.0
-    share = (np.log(1.648 * np.sqrt(krylov.size) / probability) / (2 * num - 1)) ** 2
+    component = np.sqrt(betaincinv(0.5, (krylov.size - 1) / 2, probability / 2))  # as small with half the probability
+    share = np.tanh(np.arccosh(1 / component) / (2 * num - 1)) ** 2
     values = np.linalg.eigvalsh(krylov.matrix)
     # of the true spread, which is at most spread + 2 * beyond
     return float(share * (values[-1] - values[0]) / (1 - 2 * share)) if share < 0.5 else float("inf")

@@ -25,10 +25,9 @@ def joined(device: str = "") -> Iterator[None]:
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.barrier()  # one that leaves while another still talks leaves it waiting; after an error, exit will do
+    distributed.destroy_process_group()
 
 
 def place() -> tuple[int, int]:

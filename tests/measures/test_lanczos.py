@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import betaincinv
 
 from ssat_probe.measures.lanczos import Krylov, beyond_ends, lanczos, ritz
 
@@ -154,6 +155,27 @@ class TestBeyondEnds:
                 found = ritz(krylov).values
                 assert max(1 - found[-1], found[0] + 1) <= slack
                 assert slack < factor
+
+    @pytest.mark.parametrize("probability", [0.05, 0.4])
+    def test_it_is_wrong_as_often_as_it_says_at_most_and_not_far_wider_than_needed(self, probability):
+        """On the spectrum that makes the derivation an equality but for what is left out: extrema of Chebyshev's."""
+        steps, share = 6, 0.1
+        s = np.cos(np.arange(steps) * np.pi / (2 * steps - 1))  # |T(s)| = 1 for the degree 2 * steps - 1
+        eigenvalues = torch.from_numpy(np.append((1 - share) * (1 - s**2), np.ones(1)).repeat([3] * steps + [1]))
+        errors, bounds = [], []
+        for seed in range(600):
+            krylov = lanczos(lambda vector: eigenvalues * vector, len(eigenvalues), steps, seed=seed)
+            errors.append(1 - ritz(krylov).values[-1])
+            bounds.append(beyond_ends(krylov, probability))
+        assert np.mean(np.array(errors) > bounds) <= probability
+        assert np.median(bounds) < 4 * np.quantile(errors, 1 - probability / 2)
+
+    def test_component_of_a_random_vector_has_the_law_that_is_used(self):
+        first = torch.randn(20_000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        first = (first[:, 0].abs() / first.norm(dim=1)).numpy()
+        for probability in (0.01, 0.3):
+            least = np.sqrt(betaincinv(0.5, 3, probability))
+            assert np.mean(first < least) == pytest.approx(probability, abs=0.01)
 
     def test_too_few_steps_say_nothing(self):
         assert beyond_ends(run(symmetric(network_like()), 3)) == float("inf")

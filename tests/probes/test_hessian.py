@@ -341,7 +341,7 @@ class TestRunControl:
         assert space.micro_batch < subject.batch_size
 
     def test_a_basis_that_lies_on_disk_takes_no_error_away(self, subject):
-        found = hessian.Probe(steps=STEPS, memory=1.4e-3).measure(subject)
+        found = hessian.Probe(steps=STEPS, memory=1.1e-3).measure(subject)
         assert found.attrs["memory"]["is_on_disk"]
         rows = found[found["quantity"].isin(["lambda_max", "lambda_min", "trace", "negative_energy"])]
         assert (rows["data_error"] > 0).all()
