@@ -248,7 +248,7 @@ def _probe_command(name: str) -> Callable[..., None]:
         from ssat_probe import probe as runner
 
         out = out or Path("figures") / runner.folder_name(ckpt)
-        with runner.joined(probe, sample) as is_first, _hushed(not is_first):
+        with _hushed(not runner.join(probe, sample)):
             if line := runner.estimate(probe, ckpt, sample, source, out):
                 _say(line)
             with _progress() as progress:

@@ -6,7 +6,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -276,29 +275,29 @@ def run(
     return found[0]
 
 
-@contextmanager
-def joined(probe: Probe, sample: Sample) -> Iterator[bool]:
-    """Within the block, processes that were started together share the work of a probe.
+def join(probe: Probe, sample: Sample) -> bool:
+    """From here on, processes that were started together share the work of a probe.
 
     Args:
         probe: What will be run.
         sample: On which device.
 
-    Yields:
+    Returns:
         Whether this is the process that speaks and writes; it is where there is only one.
 
     Raises:
         ValueError: If there are several and the probe cannot share.
     """
-    from ssat_probe.measures.processes import joined, place
+    from ssat_probe.measures import processes
 
-    with joined(sample.device):
-        if place()[1] > 1 and not getattr(probe, "shares", False):
-            raise ValueError(
-                f"{name_of(probe)} must run in one process, got {place()[1]} of them; only hessian shares its images. "
-                "Start it without accelerate launch or torchrun."
-            )
-        yield place()[0] == 0
+    processes.join(sample.device)
+    rank, num = processes.place()
+    if num > 1 and not getattr(probe, "shares", False):
+        raise ValueError(
+            f"{name_of(probe)} must run in one process, got {num} of them; only hessian shares its images. "
+            "Start it without accelerate launch or torchrun."
+        )
+    return rank == 0
 
 
 def write_results(probe: Probe, table: "DataFrame", record: dict[str, Any], out: Path, name: str = "") -> None:

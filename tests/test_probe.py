@@ -167,13 +167,9 @@ class TestSeveralProcesses:
 
     def test_what_cannot_share_is_refused(self, checkpoints: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(processes, "place", lambda: (1, 2))
-        with (
-            pytest.raises(ValueError, match="attention must run in one process, got 2 of them; only hessian shares"),
-            probe.joined(probe.make("attention"), SAMPLE),
-        ):
-            pass
-        with probe.joined(probe.make("hessian"), SAMPLE) as is_first:
-            assert not is_first
+        with pytest.raises(ValueError, match="attention must run in one process, got 2 of them; only hessian shares"):
+            probe.join(probe.make("attention"), SAMPLE)
+        assert not probe.join(probe.make("hessian"), SAMPLE)
         subject = Subject.of(checkpoints["ssat"], SAMPLE)
         with pytest.raises(ValueError, match=r"The method pyhessian must run in one process, .* got 2 processes"):
             probe.make("hessian", compare=("lanczos", "pyhessian")).measure(subject)

@@ -1,33 +1,27 @@
 """Several processes that share the work: sums and lists over all of them, or over the one there is."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 
-@contextmanager
-def joined(device: str = "") -> Iterator[None]:
-    """Within the block, all processes that ``torchrun`` or ``accelerate launch`` started know each other.
+def join(device: str = "") -> None:
+    """From here on, all processes that ``torchrun`` or ``accelerate launch`` started know each other.
 
-    Nothing happens in a process that was started alone, or that is in a group already.
+    Nothing happens in a process that was started alone, or that is in a group already. The group lives as long as the
+    process: taking it down by hand was seen to leave processes hanging at their exit (gloo, torch 2.14).
 
     Args:
         device: ``cpu``, or empty for a GPU per process where there are some.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or place()[1] > 1:
-        yield
         return
     has_gpu = device != "cpu" and torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
-    yield
-    distributed.barrier()  # one that leaves while another still talks leaves it waiting; after an error, exit will do
-    distributed.destroy_process_group()
 
 
 def place() -> tuple[int, int]:
