@@ -158,6 +158,37 @@ def plan(analysis: Analysis, data_dir: Path | None = None, download: bool = Fals
     return [training.plan(recipe, data_dir, download) for recipe in analysis.recipes]
 
 
+def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, jobs: int = 0) -> str:
+    """How much there is to train, and how long that takes at the speed of what is trained already.
+
+    Args:
+        analysis: What is planned.
+        budgets: Of its cells, in their order.
+        checkpoints: Folder of the cells.
+        jobs: Cells side by side; 0 means what the analysis says.
+
+    Returns:
+        A sentence; without a finished cell it says that nothing is known about seconds.
+    """
+    left, spent, seconds, num_done = 0, 0, 0.0, 0
+    for cell, budget in zip(analysis.cells, budgets, strict=True):
+        folder = checkpoints / cell.name
+        if (folder / f"{cell.recipe.method}.pt").exists():
+            stages = json.loads((folder / "cost.json").read_text(encoding="utf-8")).values()
+            seconds += sum(stage["train_s"] + stage["evaluation_s"] for stage in stages)
+            spent, num_done = spent + budget.training_multiply_adds, num_done + 1
+        else:
+            left += budget.training_multiply_adds
+    total = f"{len(budgets)} trainings, {left + spent:.3g} multiply-adds forward and backward; {num_done} are done"
+    if num_done == len(budgets):
+        return f"{total}."
+    if not spent:
+        return f"{total}, and how long the others take is not known before one is."
+    jobs = jobs or analysis.jobs or 1
+    minutes = left * seconds / spent / jobs / 60
+    return f"{total}, the others take about {minutes:.1f} min at their speed, {jobs} side by side; probes come on top."
+
+
 def run(
     analysis: Analysis,
     out: Path,

@@ -128,12 +128,14 @@ def reproduce(
     cells = analyses.plan(chosen, data_dir, download)
     for recipe, budget in cells:
         _print_budget(recipe, budget)
+    checkpoints = checkpoints or Path("checkpoints") / chosen.name
+    _say(analyses.estimate(chosen, [budget for _, budget in cells], checkpoints, jobs))
     if plan:
         return
     out = out or Path("figures") / chosen.name
     with _progress() as progress:
         comparison, claims = analyses.run(
-            chosen, out, checkpoints or Path("checkpoints") / chosen.name,
+            chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
             cluster_options=_changes(cluster_options, "--cluster-options"), progress=progress,
         )  # fmt: skip

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
@@ -28,6 +29,9 @@ def side_by_side(pieces: Sequence[Work], jobs: int, threads: int, progress: Prog
 
     Returns:
         Whether any of them did anything.
+
+    Raises:
+        ChildProcessError: If a process was killed, and another one when all was tried once more.
     """
     cores = os.cpu_count() or 1
     threads = threads or max(1, cores // max(1, jobs or 1))
@@ -36,6 +40,21 @@ def side_by_side(pieces: Sequence[Work], jobs: int, threads: int, progress: Prog
     if jobs == 1:
         with _threads(threads):
             return any([piece(together.teller(number)) for number, piece in enumerate(pieces)])
+    try:
+        return _in_pool(pieces, jobs, threads, together)
+    except BrokenProcessPool:  # a worker was killed; what is done is found done, what was begun goes on
+        try:
+            _in_pool(pieces, jobs, threads, together)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"All {len(pieces)} pieces of work must end by themselves, got a process that was killed, twice; if "
+                "memory is short, use --jobs 1. The same command goes on from here."
+            ) from error
+        return True
+
+
+def _in_pool(pieces: Sequence[Work], jobs: int, threads: int, together: "_Together") -> bool:
+    """Do all pieces in processes of their own."""
     context = get_context("spawn")  # a forked torch may hang
     news = context.SimpleQueue()
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(news, threads, os.getpid())) as pool:
@@ -43,7 +62,7 @@ def side_by_side(pieces: Sequence[Work], jobs: int, threads: int, progress: Prog
         try:
             return _follow(waiting, news, together)
         except BaseException:
-            for process in list(pool._processes.values()):
+            for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -59,6 +59,27 @@ def test_every_analysis_parses_and_its_header_says_what_it_takes(path: Path) -> 
         assert f" {word} " in header
 
 
+def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path: Path) -> None:
+    chosen = analysis.read(tiny)
+    budgets = [budget for _, budget in analysis.plan(chosen)]
+    told = analysis.estimate(chosen, budgets, tmp_path)
+    total = sum(budget.training_multiply_adds for budget in budgets)
+    assert told == (
+        f"4 trainings, {total:.3g} multiply-adds forward and backward; 0 are done, and how long the others take is not "
+        "known before one is."
+    )
+    for cell in chosen.cells[:2]:  # both of one seed, so half of all
+        folder = tmp_path / cell.name
+        folder.mkdir()
+        (folder / f"{cell.recipe.method}.pt").touch()
+        (folder / "cost.json").write_text(
+            '{"a": {"train_s": 500, "evaluation_s": 40}, "b": {"train_s": 60, "evaluation_s": 0}}'
+        )
+    assert "; 2 are done, the others take about 10.0 min at their speed, 2 side" in analysis.estimate(
+        chosen, budgets, tmp_path, jobs=2
+    )
+
+
 def test_default_analysis_is_mechanisms() -> None:
     assert analysis.default_path().name == "mechanisms.yaml"
     assert analysis.read(analysis.default_path()).name == "mechanisms"

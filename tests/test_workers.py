@@ -1,6 +1,9 @@
 """Pieces of work side by side: what they did, what they tell, what stays as it was."""
 
+import functools
 import operator
+import os
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -25,6 +28,29 @@ def test_all_pieces_are_done_and_one_that_did_something_is_told_of(jobs: int, la
 def test_a_piece_that_fails_ends_the_others_with_its_error(jobs: int) -> None:
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
         side_by_side([operator.index, operator.not_, operator.not_], jobs, 1, silent)  # type: ignore[list-item]
+
+
+def test_a_killed_process_is_tried_once_more_and_then_named() -> None:
+    dies = functools.partial(next, map(os._exit, [9]))  # next(..., told), so that a worker can import it
+    with pytest.raises(
+        ChildProcessError, match="All 2 pieces of work must end by themselves, got a process that was k"
+    ):
+        side_by_side([operator.not_, dies], 2, 1, silent)
+
+
+def test_what_was_killed_once_is_done_in_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+    real = workers._in_pool
+
+    def killed_once(*arguments: Any) -> bool:
+        attempts.append(len(arguments[0]))
+        if len(attempts) == 1:
+            raise BrokenProcessPool
+        return real(*arguments)
+
+    monkeypatch.setattr(workers, "_in_pool", killed_once)
+    assert side_by_side([operator.not_, operator.not_], 2, 1, silent)
+    assert attempts == [2, 2]
 
 
 def test_progress_is_that_of_all_and_expects_of_the_unknown_what_the_known_take() -> None:
