@@ -50,6 +50,7 @@ def write_report(folder: Path | str) -> Path:
         _head(folder, analysis, records),
         _verdicts(folder),
         _compared(folder),
+        _sweep(folder),
         *(_figure(folder, name, records[name]) for name in records),
         _runs(analysis),
         _provenance(analysis, records),
@@ -124,6 +125,18 @@ def _compared(folder: Path) -> str:
         + _frame(readable(table))
         + f"<p class='quiet'>Mean [95 % t interval] over {' or '.join(map(str, seeds))} seeds; - where not defined. "
         "The reconstruction error of SSL+FT uses the decoder as pre-training left it.</p>"
+    )
+
+
+def _sweep(folder: Path) -> str:
+    """Each measure over the axes of a sweep, where the analysis is one."""
+    path = folder / "sweep.png"
+    if not path.is_file():
+        return ""
+    image = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f"<h2>Sweep</h2><img alt='Measures over the axes of the sweep' src='data:image/png;base64,{image}'>"
+        "<p class='quiet'>Table: comparison.csv; vector figure: sweep.pdf.</p>"
     )
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pandas import DataFrame
 
-from ssat_probe import analysis, comparison, sweep
+from ssat_probe import analysis, comparison, report, sweep
 from ssat_probe.comparison import Claim, Measure
 from ssat_probe.measures.statistics import t_interval
 from ssat_probe.sweep import planned
@@ -203,7 +203,8 @@ def test_a_sweep_runs_from_its_file_and_what_is_there_is_reused(tiny: Path, tmp_
     assert twins["checkpoint"].nunique() == 2
     assert twins["lambda_weight"].isna().all()
     assert verdicts["num_seeds"].tolist() == [2]
-    assert (out / "sweep.png").is_file()
+    assert (out / "sweep.pdf").is_file()
+    assert "<h2>Sweep</h2>" in report.write_report(out).read_text(encoding="utf-8")
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
     analysis.run(chosen, out, runs, device="cpu", jobs=1)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == written
