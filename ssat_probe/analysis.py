@@ -155,7 +155,13 @@ def plan(analysis: Analysis, data_dir: Path | None = None, download: bool = Fals
     Returns:
         Resolved recipes with their budgets.
     """
-    return [training.plan(recipe, data_dir, download) for recipe in analysis.recipes]
+    plans: dict[Recipe, tuple[Recipe, Budget]] = {}
+    for recipe in analysis.recipes:
+        alike = dataclasses.replace(recipe, seed=0)  # seeds cost the same
+        if alike not in plans:
+            plans[alike] = training.plan(alike, data_dir, download)
+    found = [(recipe, *plans[dataclasses.replace(recipe, seed=0)]) for recipe in analysis.recipes]
+    return [(dataclasses.replace(resolved, seed=recipe.seed), budget) for recipe, resolved, budget in found]
 
 
 def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, jobs: int = 0) -> str:

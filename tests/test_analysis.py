@@ -89,6 +89,9 @@ def test_plan_matches_the_cost_of_ssl_ft_to_that_of_ssat() -> None:
     cells = analysis.plan(analysis.read(FOLDER / "mechanisms.yaml"))
     cost = {recipe.method: budget.multiply_adds for recipe, budget in cells}
     assert cost["ssl_ft"] == cost["ssat"] > cost["scratch"]
+    assert [(recipe.method, recipe.seed) for recipe, _ in cells] == [
+        (method, seed) for seed in (3, 4, 5) for method in ("scratch", "ssl_ft", "ssat")
+    ]
     assert all(budget.encoder_parameters + budget.decoder_parameters <= 60_000 for _, budget in cells)
 
 
