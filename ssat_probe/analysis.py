@@ -32,7 +32,7 @@ OF_MEASUREMENT = ("probe", "models", "snapshots")
 
 
 SMOKE = {"epochs": 1, "subset": 20, "batch_size": 10, "pretrain_epochs": 1, "budget": "matched"}
-"What a recipe is shrunk to, to see that everything runs; the last two only where a sweep sets them."
+"What a recipe is shrunk to, to see that everything runs; the last two only where the file sets them."
 
 
 COSTS = {
@@ -115,7 +115,7 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     if "model" in changes:
         content.pop("models", None)
     if is_smoke:
-        shared |= {name: SMOKE[name] for name in ("epochs", "subset", "batch_size")}
+        shared = {name: SMOKE[name] for name in ("epochs", "subset", "batch_size") if name not in shared} | shared
         seeds = seeds[:2]
     models = list(content.get("models") or [shared.get("model", Recipe.model)])
     vary = dict(content.get("vary") or {})

@@ -59,7 +59,7 @@ def planned(
         methods: Of the trainings.
         vary: The axes.
         source: Where all this was written; goes into messages.
-        fixed: Values that win over those of the axes, to try a sweep out.
+        fixed: Values that win over those that are set, to try a sweep out; the axes stay those of the whole.
 
     Returns:
         In the order of models, points, seeds, methods; an unknown field or a value out of range is a ValueError.
@@ -75,7 +75,7 @@ def planned(
         base = {**shared, "model": model, "method": method, "seed": seed}
         point = {axis: choice[axis] for axis in axes if _acts(base, axes[axis].values(), source)}
         changes = {name: value for axis in point for name, value in axes[axis][choice[axis]].items()}
-        cell = Planned(_effective(base, {k: (fixed or {}).get(k, v) for k, v in changes.items()}, source), point)
+        cell = Planned(_effective(*(_shrunk(one, fixed or {}) for one in (base, changes)), source), point)
         other = cells.setdefault(cell.name, cell)
         if other.recipe != cell.recipe:
             raise ValueError(
@@ -107,6 +107,11 @@ def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, An
         f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
         f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
     )
+
+
+def _shrunk(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the fixed values in place of their own."""
+    return {name: fixed.get(name, value) for name, value in values.items()}
 
 
 def _acts(base: Mapping[str, Any], alternatives: Iterable[Mapping[str, Any]], source: str) -> bool:

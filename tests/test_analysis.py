@@ -80,6 +80,16 @@ def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path:
     )
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_analysis_has_a_smoke_form_with_the_same_points(path: Path) -> None:
+    whole, small = analysis.read(path), analysis.read(path, is_smoke=True)
+    assert {recipe.epochs for recipe in small.recipes} == {1}
+    assert {recipe.subset for recipe in small.recipes} == {20}
+    assert all(sum(recipe.stage_epochs.values()) <= 2 for recipe in small.recipes)
+    assert {cell.folder for cell in small.cells} == {cell.folder for cell in whole.cells}
+    assert len({recipe.seed for recipe in small.recipes}) == 2
+
+
 def test_default_analysis_is_mechanisms() -> None:
     assert analysis.default_path().name == "mechanisms.yaml"
     assert analysis.read(analysis.default_path()).name == "mechanisms"

@@ -59,8 +59,13 @@ def test_tuples_and_names_make_folders() -> None:
 
 
 def test_to_try_a_sweep_out_its_trainings_are_shrunk() -> None:
-    made = planned({"epochs": 1}, ["vit_nano"], [0], ["ssl_ft"], {"subset": [50, 60]}, "f", {"subset": 20})
-    assert [(cell.point["subset"], cell.recipe.subset) for cell in made] == [(50, 20), (60, 20)]
+    shared, fixed = {"epochs": 9}, {"epochs": 1, "subset": 20, "budget": "matched"}
+    vary = {"subset": [50, 60], "length": {"half": {"budget": "equal_epochs"}, "same": {"budget": "matched"}}}
+    made = planned(shared, ["vit_nano"], [0], ["ssl_ft"], vary, "f", fixed)
+    assert [(cell.point["subset"], cell.point["length"]) for cell in made] == [
+        (50, "half"), (50, "same"), (60, "half"), (60, "same")
+    ]  # fmt: skip
+    assert {(cell.recipe.subset, cell.recipe.epochs, cell.recipe.budget) for cell in made} == {(20, 1, "matched")}
 
 
 @pytest.mark.parametrize(
