@@ -75,7 +75,8 @@ def planned(
         base = {**shared, "model": model, "method": method, "seed": seed}
         point = {axis: choice[axis] for axis in axes if _acts(base, axes[axis].values(), source)}
         changes = {name: value for axis in point for name, value in axes[axis][choice[axis]].items()}
-        cell = Planned(_effective(*(_shrunk(one, fixed or {}) for one in (base, changes)), source), point)
+        small = fixed or {}
+        cell = Planned(_effective(_shrunk(base, small), _shrunk(changes, small), source), point)
         other = cells.setdefault(cell.name, cell)
         if other.recipe != cell.recipe:
             raise ValueError(
