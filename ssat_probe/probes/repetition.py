@@ -74,13 +74,7 @@ class Probe:
     def _seen(self, subject: "Subject") -> "Observation":
         from ssat_probe import observation
 
-        seen = observation.of_maps(subject, _pairs)
-        if not seen.statistics:
-            raise ValueError(
-                f"Two blocks of {subject.checkpoint.path} must attend over the same patches with as many heads, got "
-                "none; choose a deeper model, or the probe 'similarity'."
-            )
-        return seen
+        return observation.of_maps(subject, _pairs)
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
@@ -170,6 +164,11 @@ def _pairs(maps: "Mapping[int, Rows]") -> "dict[tuple[int, int], Values]":
         for j, later in enumerate(group):
             for i, earlier in enumerate(group[:j]):
                 found[earlier, later] = {name: value[:, i, j] for name, value in means.items()}
+    if not found:
+        raise ValueError(
+            "Two blocks of the model must attend over the same patches with as many heads, got none; choose a deeper "
+            "model, or the probe 'similarity'."
+        )
     return {place: found[place] for place in sorted(found, key=lambda place: place[::-1])}
 
 

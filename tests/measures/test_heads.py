@@ -118,6 +118,7 @@ def test_mutual_information_of_a_joint_table_by_hand(generator):
 
 def test_heads_on_different_keys_are_as_diverse_as_can_be():
     logs = one_hot(0, 1, 2)
+    assert measures.entropy_parts(logs, 0)["all"].abs().max() == 0
     assert measures.divergence(logs).mean().item() == pytest.approx(math.log(3))
     assert measures.divergence_bound(3, KEYS) == pytest.approx(math.log(3))
     assert measures.mean_kl(logs).isnan().all()  # infinite

@@ -132,6 +132,7 @@ def test_uniform_attention_has_normalised_entropy_one_and_undefined_kurtosis():
     table = Probe().measure(subject)
     np.testing.assert_allclose(table["entropy_normalised"], 1, atol=1e-12)
     np.testing.assert_allclose(table["entropy"], np.log(PATCHES), atol=1e-12)
+    np.testing.assert_allclose(table["effective_keys"], PATCHES, rtol=1e-12)
     assert (table["undefined"] == 1).all()
     assert table[["kurtosis", "kurtosis_median", "kurtosis_normalised", "skew"]].isna().all(axis=None)
 

@@ -78,7 +78,7 @@ def test_blocks_compare_where_they_attend_over_the_same_patches(
         model=model, batches=lambda: iter([batch]), num_images=2, checkpoint=SimpleNamespace(path="x")
     )
     if not PAIRS[name]:
-        with pytest.raises(ValueError, match=r"Two blocks of x must attend over the same patches .* got none"):
+        with pytest.raises(ValueError, match=r"Two blocks of the model must attend over the same patches .* got none"):
             Probe().measure(subject)  # type: ignore[arg-type]
         return
     table = Probe().measure(subject)  # type: ignore[arg-type]
