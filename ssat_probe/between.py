@@ -1,8 +1,10 @@
 """Between checkpoints: one network that takes the weights of any of them and of everything in between."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from ssat_probe.grid import POINTS_AT_A_TIME, Kept, Look, pace_of, values_of
 from ssat_probe.measures.directions import flat
-from ssat_probe.measures.landscape import values_at
 from ssat_probe.subject import Batch, Subject
 from ssat_probe.terms import UNITS, Terms, error_of, value_of
 
@@ -25,9 +27,14 @@ class Together:
     anchors: Float64[Tensor, "anchor parameter"]
     "One row per checkpoint."
     terms: Terms
+    look: Look
+    jobs: int
+    "Processes that share many points."
+    keep: Path | None
+    "Folder of points that have been measured."
 
     @classmethod
-    def of(cls, subjects: Sequence[Subject], least: int) -> "Together":
+    def of(cls, subjects: Sequence[Subject], least: int, jobs: int = 1, keep: Path | None = None) -> "Together":
         """Put checkpoints side by side.
 
         Encoder and head move, and the decoder where all checkpoints have one; otherwise there is no reconstruction. No
@@ -36,13 +43,17 @@ class Together:
         Args:
             subjects: With the same images.
             least: Number of checkpoints that are needed.
+            jobs: Processes that share many points.
+            keep: Folder in which points that have been measured are kept; None keeps nothing.
 
         Returns:
             All of them as points of one space.
 
         Raises:
-            ValueError: If there are too few, or one has another architecture than the first.
+            ValueError: If there are too few or no jobs, or one has another architecture than the first.
         """
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}.")
         if len(subjects) < least:
             raise ValueError(f"--ckpt must name at least {least} checkpoints, got {len(subjects)}.")
         has_decoder = all(one.decoder is not None for one in subjects)
@@ -52,7 +63,8 @@ class Together:
         for other in subjects[1:]:
             _refuse_other_architecture(first, other, {name: p.shape for name, p in parameters.items()}, term)
         anchors = torch.stack([flat(one.parameters(term)) for one in subjects])
-        return cls(first, parameters, anchors, Terms(first, parameters))
+        look = Look(first, term, is_augmented=False, num_batches=8)
+        return cls(first, parameters, anchors, look.terms(), look, jobs, keep)
 
     def values(
         self, weights: Float64[np.ndarray, "point anchor"], more: Sequence[Tensor] = ()
@@ -66,7 +78,14 @@ class Together:
         Returns:
             As ``Terms`` gives them.
         """
-        return values_at(self.parameters, self.terms, [*self.anchors, *more], weights)
+        anchors = [*self.anchors, *more]
+        digest = hashlib.sha256(weights.tobytes())
+        for anchor in anchors:
+            digest.update(anchor.cpu().numpy().tobytes())
+        kept = Kept(self.keep, self.look, {"points": digest.hexdigest()})
+        is_many = len(weights) > 4 * POINTS_AT_A_TIME  # fewer are not worth the measurement
+        at_once = pace_of(self.terms, self.jobs).at_once if is_many else 1
+        return values_of(self.look, self.terms, anchors, weights, kept, self.jobs, at_once)
 
     def rows(
         self, points: Sequence[dict[str, Any]], values: Float64[np.ndarray, "point value"]

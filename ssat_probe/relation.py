@@ -28,6 +28,10 @@ class Relation(Protocol):
     def budget_s(self) -> float:
         """Seconds that it may take."""
 
+    @property
+    def jobs(self) -> int:
+        """Processes that share the points."""
+
     def num_points(self, num_checkpoints: int) -> int:
         """Points of parameter space at which it looks at the images."""
 
@@ -73,7 +77,7 @@ def estimate(relation: Relation, paths: Sequence[Path], sample: Sample) -> str:
     from ssat_probe.subject import Subject
 
     num = relation.num_points(len(paths))
-    seconds = _seconds_per_point(Subject.of(paths[0], sample, relation.split))
+    seconds = _seconds_per_point(relation, Subject.of(paths[0], sample, relation.split))
     _refuse_too_much(relation, num, seconds)
     name = type(relation).__module__.rpartition(".")[2]
     return f"{name}: {num} points of {seconds:.3g} s: about {num * seconds:.0f} s"
@@ -98,7 +102,7 @@ def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tu
     labels: list[str] = []
     for subject, path in zip(subjects, paths, strict=True):
         labels.append(distinct_label(subject.checkpoint.label, path, labels))
-    _refuse_too_much(relation, relation.num_points(len(subjects)), _seconds_per_point(subjects[0]))
+    _refuse_too_much(relation, relation.num_points(len(subjects)), _seconds_per_point(relation, subjects[0]))
     table = relation.measure(subjects, labels)
     seen = [seen_of(*one) for one in zip(subjects, paths, labels, strict=True)]
     return table, record_of(relation, sample, seen, str(subjects[0].device), time.monotonic() - started)
@@ -147,11 +151,11 @@ def draw(name: str, table: "DataFrame") -> "Figure":
     return relation.draw(table)
 
 
-def _seconds_per_point(subject: "Subject") -> float:
-    from ssat_probe.grid import seconds_per_point
+def _seconds_per_point(relation: Relation, subject: "Subject") -> float:
+    from ssat_probe.grid import pace_of
     from ssat_probe.terms import Terms
 
-    return seconds_per_point(Terms(subject, subject.parameters("cross_entropy")))
+    return pace_of(Terms(subject, subject.parameters("cross_entropy")), max(relation.jobs, 1)).seconds
 
 
 def _refuse_too_much(relation: Relation, num: int, seconds: float) -> None:

@@ -38,6 +38,37 @@ def test_the_decoder_moves_where_all_have_one(checkpoints: Paths) -> None:
     assert mixed.terms.present == ("cross_entropy", "l2", "accuracy")
 
 
+def test_points_that_are_kept_are_not_measured_again_and_others_are(
+    checkpoints: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = [subject(checkpoints[name]) for name in ("ssl_ft", "ssat")]
+    weights = np.stack([np.linspace(0, 1, 5), np.linspace(1, 0, 5)], axis=1)
+    plain = Together.of(subjects, 2).values(weights)
+    whole, calls = Terms.__call__, []
+
+    def counted(self: Terms) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    monkeypatch.setattr(Terms, "__call__", counted)
+    together = Together.of(subjects, 2, keep=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        together.values(weights)
+    assert np.array_equal(together.values(weights), plain)
+    assert len(calls) == 6  # three, the interrupted one, and the two that were left
+    assert np.array_equal(together.values(weights), plain)
+    assert len(calls) == 6
+    together.values(weights[::-1].copy())
+    assert len(calls) == 11
+
+
+def test_no_jobs_are_refused(checkpoints: Paths) -> None:
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        Together.of([subject(checkpoints["ssat"])], 1, jobs=0)
+
+
 def test_too_few_checkpoints_are_refused(checkpoints: Paths) -> None:
     with pytest.raises(ValueError, match="must name at least 3 checkpoints, got 1"):
         Together.of([subject(checkpoints["ssat"])], 3)

@@ -74,7 +74,7 @@ def test_the_number_of_points_is_that_of_the_looks_at_the_images(
     counted = []
     found = Terms.__call__
     monkeypatch.setattr(Terms, "__call__", lambda self: (counted.append(1), found(self))[1])
-    monkeypatch.setattr(relation, "_seconds_per_point", lambda subject: 0.0)
+    monkeypatch.setattr(relation, "_seconds_per_point", lambda relation, subject: 0.0)
     one = relation.make(name, points=3)
     relation.measure_all(one, list(checkpoints.values()), SAMPLE)
     assert len(counted) == one.num_points(3)

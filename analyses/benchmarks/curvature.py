@@ -1,7 +1,7 @@
 """Curvature against its peers: products, eigenvalues, exact spectra, negative part, growth of the cost.
 
 Run: make benchmark-curvature; parts: python analyses/benchmarks/curvature.py product eigenvalues exact negative scaling
-Takes some 12 minutes on 2 free cores (estimated: not run whole yet); nothing to download. Peers come with
+Takes some 15 to 30 minutes on 2 cores (its parts were run apart); nothing to download. Peers come with
 pip install '.[benchmark]'; one that is missing is left out with a line that says so. Ways take turns within one process
 tree. Writes curvature.csv, .md, .png and .json into figures/benchmark_curvature; parts that were not asked for keep
 what stands there.

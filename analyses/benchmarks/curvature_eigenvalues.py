@@ -200,4 +200,6 @@ def draw(ax: Axes, table: DataFrame) -> None:
     ax.set_yticks(range(len(ways)), ways)
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    ax.minorticks_off()
     ax.set(xlabel="products to a relative error of 1e-3", title="Eigenvalues")

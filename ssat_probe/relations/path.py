@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssat_probe.registry import known
@@ -32,6 +33,10 @@ class Relation:
     "Of that training."
     budget_s: float = 600.0
     "Refuse what would take longer than this, estimated from the first points."
+    jobs: int = 1
+    "Processes that share many points."
+    keep: Path | None = None
+    "Folder in which points are kept, so that the same command goes on after an interruption; empty means none."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -85,7 +90,7 @@ class Relation:
                 "points must be at least 3, bend_steps at least 0 and bend_rate above 0, got "
                 f"{self.points}, {self.bend_steps} and {self.bend_rate}."
             )
-        together = Together.of(subjects, 2)
+        together = Together.of(subjects, 2, self.jobs, self.keep)
         shown = short_labels(subjects, labels)
         t = np.linspace(0, 1, self.points)
         rows: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssat_probe.table import Column
@@ -24,6 +25,10 @@ class Relation:
     "How far the picture reaches beyond the checkpoints, as a share of their span."
     budget_s: float = 600.0
     "Refuse what would take longer than this, estimated from the first points."
+    jobs: int = 1
+    "Processes that share many points."
+    keep: Path | None = None
+    "Folder in which points are kept, so that the same command goes on after an interruption; empty means none."
 
     split: ClassVar[str] = "train"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -75,7 +80,7 @@ class Relation:
 
         if self.points < 3 or not 0 <= self.margin < float("inf"):
             raise ValueError(f"points must be at least 3 and margin at least 0, got {self.points} and {self.margin}.")
-        together = Together.of(subjects, 3)
+        together = Together.of(subjects, 3, self.jobs, self.keep)
         plane = plane_of_three(together.anchors) if len(subjects) == 3 else principal_plane(together.anchors)
         low, high = plane.coordinates.min(axis=0), plane.coordinates.max(axis=0)
         reach = self.margin * (high - low).max()
