@@ -34,7 +34,9 @@ def begin_from(encoder: nn.Module, path: str, record: Path) -> Report:
         ValueError: If the weights do not fill the encoder, or tensors are left over.
     """
     heads: Any = getattr(getattr(encoder, "blocks", [None])[0], "attn", None)  # files do not say how many there are
-    found = open_weights(path, Source(resize=True, heads=getattr(heads, "num_heads", 0)))
+    channels = getattr(getattr(getattr(encoder, "patch_embed", None), "proj", None), "in_channels", 3)
+    unused = (0.0,) * channels, (1.0,) * channels  # nothing is shown to the file's model, so no normalisation matters
+    found = open_weights(path, Source(resize=True, heads=getattr(heads, "num_heads", 0), mean=unused[0], std=unused[1]))
     of_encoder = {name: value for name, value in found.state.items() if not name.startswith(DECODER_PREFIX)}
     classifier = {name: FRESH for name in of_encoder if name.startswith(HEAD_NAMES)}
     body = {name: value for name, value in of_encoder.items() if name not in classifier}

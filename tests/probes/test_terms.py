@@ -74,7 +74,7 @@ class Quadratics:
 
     @property
     def checkpoint(self) -> SimpleNamespace:
-        return SimpleNamespace(recipe=SimpleNamespace(lambda_weight=WEIGHT))
+        return SimpleNamespace(recipe=SimpleNamespace(lambda_ends=(WEIGHT, WEIGHT)))
 
 
 @pytest.fixture(scope="module")
