@@ -215,7 +215,7 @@ def values_of(
         elif at_once > 1 and not is_small:
             for number, found in _by_threads(look, terms, anchors, weights, left, at_once):
                 kept.add(number, found)
-        else:
+        elif left:
             parameters = look.subject.parameters(look.loss)
             values_at(
                 parameters, terms, anchors, weights[left], on_point=lambda place, found: kept.add(left[place], found)
