@@ -1,25 +1,22 @@
-"""Command line: words in, calls out; the only module that prints or exits."""
+"""Command line: words in, calls out."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
 
-from ssat_probe import registry
+from ssat_probe import registry, terminal
 from ssat_probe.execution import Execution
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from ssat_probe.budget import Budget
+    pass
 
 Checkpoints = Annotated[list[Path], Parameter(name="--ckpt", consume_multiple=(1, None))]
 Flat = Parameter(name="*")
@@ -75,16 +72,16 @@ def train(
             f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
         )
     resolved, budget = training.plan(recipe, data_dir, download)
-    _print_budget(resolved, budget)
+    terminal.print_budget(resolved, budget)
     if plan:
         return
-    with _progress() as progress:
+    with terminal.progress() as progress:
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
             snapshots=snapshots, gradients_every=gradients_every, execution=execution,
             progress=progress,
         )  # fmt: skip
-    _say(f"Wrote {checkpoint.path}")
+    terminal.say(f"Wrote {checkpoint.path}")
 
 
 @app.command
@@ -127,22 +124,22 @@ def reproduce(
     chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke, changes=_changes(set_))
     cells = analyses.plan(chosen, data_dir, download)
     for recipe, budget in cells:
-        _print_budget(recipe, budget)
+        terminal.print_budget(recipe, budget)
     checkpoints = checkpoints or Path("checkpoints") / chosen.name
-    _say(analyses.estimate(chosen, [budget for _, budget in cells], checkpoints, jobs))
+    terminal.say(analyses.estimate(chosen, [budget for _, budget in cells], checkpoints, jobs))
     if plan:
         return
     out = out or Path("figures") / chosen.name
-    with _progress() as progress:
+    with terminal.progress() as progress:
         comparison, claims = analyses.run(
             chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
             cluster_options=_changes(cluster_options, "--cluster-options"), progress=progress,
         )  # fmt: skip
     page = write_report(out)
-    _print_table(comparison)
-    _print_verdicts(claims)
-    _say(f"Wrote {page}")
+    terminal.print_table(comparison)
+    terminal.print_verdicts(claims)
+    terminal.say(f"Wrote {page}")
 
 
 @app.command
@@ -159,7 +156,7 @@ def draw(tables: Annotated[list[Path], Parameter(consume_multiple=(1, None))]) -
         table = read_table(path)
         draw_one = relation.draw if path.stem in registry.names("relations") else probe.draw
         drawing.save(draw_one(path.stem, table), path.with_suffix(""))
-        _say(f"Wrote {path.with_suffix('.png')} and .pdf")
+        terminal.say(f"Wrote {path.with_suffix('.png')} and .pdf")
 
 
 @app.command
@@ -171,7 +168,7 @@ def report(folder: Path) -> None:
     """
     from ssat_probe.report import write_report
 
-    _say(f"Wrote {write_report(folder)}")
+    terminal.say(f"Wrote {write_report(folder)}")
 
 
 @app.command
@@ -185,7 +182,7 @@ def data(name: str, *, data_dir: Path | None = None) -> None:
     from ssat_probe.data import description
 
     for line in description(name, data_dir):
-        _say(line)
+        terminal.say(line)
 
 
 @app.command
@@ -206,7 +203,7 @@ def describe(
 
     for path in ckpt:
         for line in described(path, sample, source):
-            _say(line)
+            terminal.say(line)
 
 
 @app.command
@@ -220,19 +217,19 @@ def export(*, ckpt: Path, to: Literal["timm", "mae", "safetensors"], out: Path |
     """
     from ssat_probe.export import export as exported
 
-    _say(f"Wrote {exported(ckpt, to, out)}")
+    terminal.say(f"Wrote {exported(ckpt, to, out)}")
 
 
 @app.command(name="list")
 def list_() -> None:
     """List models, data sets, objectives, decoders, probes, relations between checkpoints, and foreign formats."""
     for kind in ("models", "data", "objectives", "decoders", "probes", "relations", "formats"):
-        _say(f"{kind}:")
+        terminal.say(f"{kind}:")
         for name in registry.names(kind):
-            _say(f"  {name:<16} {registry.summary(kind, name)}")
+            terminal.say(f"  {name:<16} {registry.summary(kind, name)}")
             variants = [variant for variant, file in registry.variants(kind).items() if file == name]
             if variants:
-                _say(f"  {'':<16} {', '.join(variants)}")
+                terminal.say(f"  {'':<16} {', '.join(variants)}")
 
 
 def _probe_command(name: str) -> Callable[..., None]:
@@ -250,13 +247,13 @@ def _probe_command(name: str) -> Callable[..., None]:
         from ssat_probe import probe as runner
 
         out = out or Path("figures") / runner.folder_name(ckpt)
-        with _hushed(not runner.join(probe, sample)):
+        with terminal.hushed(not runner.join(probe, sample)):
             if line := runner.estimate(probe, ckpt, sample, source, out):
-                _say(line)
-            with _progress() as progress:
+                terminal.say(line)
+            with terminal.progress() as progress:
                 table = runner.run(probe, ckpt, sample, out, progress, source)
-            _print_table(probe.summary(table))
-            _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
+            terminal.print_table(probe.summary(table))
+            terminal.say(f"Wrote {out / name}.csv, .json, .png and .pdf")
 
     command.__doc__ = f"""{registry.summary("probes", name)}
 
@@ -289,10 +286,10 @@ def _relation_command(name: str) -> Callable[..., None]:
         from ssat_probe.probe import folder_name
 
         out = out or Path("figures") / folder_name(ckpt)
-        _say(runner.estimate(relation, ckpt, sample))
+        terminal.say(runner.estimate(relation, ckpt, sample))
         table = runner.run(relation, ckpt, sample, out)
-        _print_table(relation.summary(table))
-        _say(f"Wrote {out / name}.csv, .json, .png and .pdf")
+        terminal.print_table(relation.summary(table))
+        terminal.say(f"Wrote {out / name}.csv, .json, .png and .pdf")
 
     command.__doc__ = f"""{registry.summary("relations", name)}
 
@@ -323,18 +320,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         app.config = _config(words)
         app(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
-        _fail(str(error))
+        terminal.fail(str(error))
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("ssat_probe"):
             raise
-        _fail(str(error))
+        terminal.fail(str(error))
     except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, ChildProcessError) as error:
-        _fail(str(error))
+        terminal.fail(str(error))
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
-        _fail("Interrupted; the same command goes on from here.", status=130)
+        terminal.fail("Interrupted; the same command goes on from here.", status=130)
 
 
 def _config(words: list[str]) -> tuple[Any, ...]:
@@ -367,15 +364,6 @@ def _yaml(path: Path) -> Any:
     return content
 
 
-def _fail(sentence: str, status: int = 2) -> None:
-    print(" ".join(sentence.split()), file=sys.stderr)  # noqa: T201
-    sys.exit(status)
-
-
-def _say(line: str) -> None:
-    print(line)  # noqa: T201
-
-
 def _changes(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """Fields and values of ``data=cifar10``; a value is read as in a YAML file, but that 1e-3 is a number there too."""
     import yaml
@@ -390,84 +378,3 @@ def _changes(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{option} {name} must be followed by a value, got {value!r}; write {name}=3.") from error
     return changes
-
-
-@contextmanager
-def _hushed(is_silent: bool) -> Iterator[None]:
-    """Within the block, nothing is printed if another process prints the same."""
-    with open(os.devnull, "w") as nowhere, ExitStack() as stack:  # noqa: PTH123
-        if is_silent:
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        yield
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with an estimate on stderr, gone when it is done; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_interactive:  # rich would leave an empty line
-        yield lambda done, total, text: None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
-
-        yield update
-
-
-def _print_budget(recipe: Recipe, budget: "Budget") -> None:
-    """What a run costs, in a few lines."""
-    decoder = f" + {budget.decoder_parameters:,} in the decoder" if budget.decoder_parameters else ""
-    _say(
-        f"{recipe.name}: {budget.encoder_parameters:,} parameters{decoder}, peak learning rate {recipe.learning_rate:g}"
-    )
-    for stage in budget.stages:
-        _say(
-            f"  {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps, {stage.images:,} images, "
-            f"{stage.multiply_adds_per_image / 1e6:,.3g} M multiply-adds per image forward"
-        )
-
-
-def _print_table(table: "DataFrame") -> None:
-    """A table that can be read in a terminal; turned on its side if it is too wide but has few rows."""
-    from rich.console import Console
-    from rich.table import Table
-
-    heads = [str(name).replace("_", " ") for name in table.columns]
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, sum(widths) + 3 * len(widths) + 1)
-    if sum(widths) + 3 * len(widths) + 1 > console.width and len(cells) < len(heads):
-        heads, *cells = [list(line) for line in zip(heads, *cells, strict=True)]
-    shown = Table(header_style="bold")
-    for place, head in enumerate(heads):
-        shown.add_column(head, justify="right" if place else "left", overflow="fold")
-    for line in cells:
-        shown.add_row(*line)
-    console.print(shown)
-
-
-def _print_verdicts(verdicts: "DataFrame") -> None:
-    """One claim per paragraph."""
-    for row in verdicts.itertuples(index=False):
-        _say(f"{row.verdict}: {row.claim} ({row.role})")
-        _say(
-            f"    {row.measure}, {row.difference}: {row.effect:+.4g} [{row.low:+.4g}, {row.high:+.4g}], "
-            f"{row.num_seeds} seeds"
-        )
