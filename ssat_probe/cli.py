@@ -245,8 +245,9 @@ def _probe_command(name: str) -> Callable[..., None]:
         out: Path | None = None,
     ) -> None:
         from ssat_probe import probe as runner
+        from ssat_probe.record import folder_name
 
-        out = out or Path("figures") / runner.folder_name(ckpt)
+        out = out or Path("figures") / folder_name(ckpt)
         with terminal.hushed(not runner.join(probe, sample)):
             if line := runner.estimate(probe, ckpt, sample, source, out):
                 terminal.say(line)
@@ -283,7 +284,7 @@ def _relation_command(name: str) -> Callable[..., None]:
         out: Path | None = None,
     ) -> None:
         from ssat_probe import relation as runner
-        from ssat_probe.probe import folder_name
+        from ssat_probe.record import folder_name
 
         out = out or Path("figures") / folder_name(ckpt)
         terminal.say(runner.estimate(relation, ckpt, sample))

@@ -1,17 +1,15 @@
 """Probe: what a probe is; run one on checkpoints and keep its table, record and figure together."""
 
 import dataclasses
-import hashlib
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry, reuse
-from ssat_probe.reuse import asked, name_of, plain
+from ssat_probe.record import distinct_label, record_of, seen_of
+from ssat_probe.reuse import name_of, plain
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
 from ssat_probe.table import Column, check_writable, read_table, rows_of, write_atomically, write_table
@@ -37,8 +35,6 @@ IDENTITY = (
 
 UNTRAINED = "untrained"
 "Method of an untrained twin."
-
-RECORDED_PACKAGES = ("ssat-probe", "torch", "timm", "numpy", "scipy", "pandas", "matplotlib")
 
 Progress = Callable[[int, int, str], None]
 
@@ -207,37 +203,6 @@ def _measured(probe: Probe, subject: "Subject", label: str, progress: Progress, 
     return probe.measure(subject, **options)
 
 
-def record_of(
-    probe: Any, sample: Sample, seen: list[dict[str, Any]], device: str, seconds: float, source: Source = Source()
-) -> dict[str, Any]:
-    """How a table was made, as plain data.
-
-    Args:
-        probe: A probe or a relation, with its options.
-        sample: Which images.
-        seen: What was measured, from ``seen_of``.
-        device: Where.
-        seconds: How long it took.
-        source: What was said about foreign weights.
-
-    Returns:
-        For the json beside the table.
-    """
-    import torch
-
-    from ssat_probe.measures.processes import place
-
-    return {
-        **asked(probe, sample, source),
-        "checkpoints": seen,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processes": place()[1],
-        "seconds": round(seconds, 3),
-    }
-
-
 def run(
     probe: Probe,
     paths: Sequence[Path],
@@ -358,43 +323,6 @@ class _Subjects:
         self.seen.append(seen_of(subject, path, label))
 
 
-def distinct_label(label: str, path: Path, taken: Sequence[str]) -> str:
-    """Name of a checkpoint among others, where several may be of one run.
-
-    Args:
-        label: Its own.
-        path: Of its file.
-        taken: Names of the others.
-
-    Returns:
-        Its own if it is free, else with the file's stem behind it, else with the whole path.
-    """
-    with_stem = f"{label} ({path.stem})"
-    return label if label not in taken else with_stem if with_stem not in taken else f"{label} ({path})"
-
-
-def seen_of(subject: "Subject", path: Path | str, label: str) -> dict[str, Any]:
-    """What a record says about a checkpoint and the images it was shown.
-
-    Args:
-        subject: The checkpoint under the microscope.
-        path: Of its file; empty for one without.
-        label: In the table.
-
-    Returns:
-        Plain data.
-    """
-    seen = {
-        "checkpoint": label,
-        "path": str(path),
-        "hash": subject.checkpoint.hash,
-        "images": subject.fingerprint,
-        "num_images": subject.num_images,
-    }
-    report = getattr(subject.checkpoint, "report", None)  # of foreign weights
-    return seen if report is None else seen | {"loading": plain(dataclasses.asdict(report))}
-
-
 def _twin_label(subject: "Subject") -> str:
     recipe = subject.checkpoint.recipe
     patch = "x".join(map(str, recipe.patch_size or ()))
@@ -406,18 +334,3 @@ def _with_identity(table: "DataFrame", identity: dict[str, Any]) -> "DataFrame":
     for place, (name, value) in enumerate(identity.items()):
         table.insert(place, name, value)
     return table
-
-
-def folder_name(paths: Sequence[Path]) -> str:
-    """Name of a folder for the results of some checkpoints: the same for the same ones, another for others.
-
-    Args:
-        paths: Checkpoints.
-
-    Returns:
-        Their stems with their folders for up to three, else their number; then the beginning of a hash of the paths.
-    """
-    digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:6]
-    names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
-    stem = names[0] if len(names) == 1 else f"{len(names)}-checkpoints"
-    return f"{stem}-{digest}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry
-from ssat_probe.probe import distinct_label, record_of, seen_of
+from ssat_probe.record import distinct_label, record_of, seen_of
 from ssat_probe.sample import Sample
 from ssat_probe.table import Column, check_writable, read_table, write_table
 

@@ -14,6 +14,7 @@ import pytest
 from ssat_probe import drawing, probe, registry
 from ssat_probe.checkpoint import load_checkpoint
 from ssat_probe.measures import processes
+from ssat_probe.record import RECORDED_PACKAGES
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 from ssat_probe.table import read_table
@@ -71,7 +72,7 @@ def test_the_record_says_how_the_table_was_made(checkpoints: Paths) -> None:
     assert {entry["num_images"] for entry in record["checkpoints"]} == {13}
     assert len({entry["images"] for entry in record["checkpoints"]}) == 1
     assert record["versions"]["torch"] == version("torch")
-    assert set(record["versions"]) == {"python", *probe.RECORDED_PACKAGES}
+    assert set(record["versions"]) == {"python", *RECORDED_PACKAGES}
     assert record["device"] == "cpu"
     assert record["seconds"] > 0
     assert [(done, total) for done, total, _ in seen] == [(0, 3), (1, 3), (2, 3), (3, 3)]
@@ -200,15 +201,6 @@ def test_tables_of_earlier_versions_can_be_drawn(path: Path) -> None:
 def test_a_table_without_a_column_is_named() -> None:
     with pytest.raises(ValueError, match="A table of variance must have a column 'checkpoint', got none; pass one"):
         probe.draw("variance", pd.DataFrame({"a": [1]}))
-
-
-def test_folders_of_results_are_named_by_what_was_measured(tmp_path: Path) -> None:
-    one, other = tmp_path / "run" / "ssat.pt", tmp_path / "run" / "ssl_ft.pt"
-    assert probe.folder_name([one]).startswith("run-ssat-")
-    assert probe.folder_name([one, other]).startswith("2-checkpoints-")
-    names = {probe.folder_name(paths) for paths in ([one], [other], [one, other], [other, one])}
-    assert len(names) == 4
-    assert probe.folder_name([one]) == probe.folder_name([tmp_path / "run" / ".." / "run" / "ssat.pt"])
 
 
 def test_a_long_measurement_tells_how_far_it_is(checkpoints: dict[str, Path]) -> None:
