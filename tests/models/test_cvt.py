@@ -171,19 +171,10 @@ def test_a_masked_pass_leaves_the_running_statistics_alone_and_a_full_one_does_n
     model, images = made().train(), images_of(generator)
     mask = torch.rand(5, 9, generator=generator("mask")) < 0.5
     before = {name: value.clone() for name, value in model.named_buffers()}
-    masked = model.encode(images, mask)
+    model.encode(images, mask)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     model.encode(images)
     assert not any(torch.equal(value, before[name]) for name, value in model.named_buffers())
-    # In training a masked pass has its own batch's statistics, as batch norm itself would.
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    own = model.encode(torch.where(mask.view(5, 1, 3, 3).repeat_interleave(8, 2).repeat_interleave(16, 3), 0.0, images))
-    assert not torch.equal(own.tokens, masked.tokens)  # its mask tokens differ; the statistics are looked at below
-    projection = model.stage0.blocks[0].attn.conv_proj_q
-    maps = torch.randn(5, 6, 4, 3, generator=generator("maps"), dtype=torch.float64)
-    torch.testing.assert_close(projection(maps, False), projection(maps, True), rtol=0, atol=1e-13)
 
 
 def test_one_image_does_not_change_with_its_neighbours(generator: Callable[[str], torch.Generator]) -> None:
