@@ -271,7 +271,7 @@ def test_list_names_everything_there_is(run: Run) -> None:
         assert f"{kind}:" in printed
         for name in registry.names(kind):
             assert f"  {name:<16} {registry.summary(kind, name)}\n" in printed
-    assert "vit_pico, vit_nano, vit_tiny, vit_small, vit_base" in printed
+    assert "vit_pico, vit_nano, vit_tiny6, vit_tiny, vit_small, vit_base" in printed
 
 
 def test_data_describes_a_set_and_checks_what_is_there(run: Run, refused: Run, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_
 
 # Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base; Dosovitskiy et al. (2021), Table
 # 1, for large and huge (there with patches of 14 pixels: --patch-size 14). Decoders: the official code of Das et al.
-# (2024) for tiny and small. vit_nano and vit_pico are ours: six blocks, so that depth can be looked at, in under 60,000
-# parameters; and some 3,000 parameters, so that the whole Hessian can be computed.
+# (2024) for tiny and small. The first three are ours: vit_pico has some 3,000 parameters, so that the whole Hessian can
+# be computed; vit_nano six blocks, so that depth can be looked at, in under 60,000; vit_tiny6 half of vit_tiny.
 VARIANTS = {
     "vit_pico": {"dim": 12, "depth": 2, "heads": 3, "mlp_ratio": 2, "decoder": (1, 8, 2)},
     "vit_nano": {"dim": 32, "depth": 6, "heads": 4, "mlp_ratio": 2, "decoder": (2, 16, 4)},
+    "vit_tiny6": {"dim": 192, "depth": 6, "heads": 3, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6, "mlp_ratio": 4, "decoder": (2, 128, 16)},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12, "mlp_ratio": 4, "decoder": (2, 128, 16)},
