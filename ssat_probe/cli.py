@@ -65,7 +65,7 @@ def train(
         ValueError: If an option was given that has no effect.
     """
     from ssat_probe import training
-    from ssat_probe.recipe import without_effect
+    from ssat_probe.effect import without_effect
 
     for option, why in without_effect(recipe).items():
         raise ValueError(

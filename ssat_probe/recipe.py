@@ -248,48 +248,6 @@ class Recipe:
         return cls(**options)
 
 
-def without_effect(recipe: Recipe) -> dict[str, str]:
-    """Options that were given and change nothing in this configuration.
-
-    Args:
-        recipe: As the user gave it, not resolved: what is not the default was given.
-
-    Returns:
-        Why each of them has no effect, by its name.
-    """
-    masks = recipe.has_task and recipe.reconstructs
-    classifies = recipe.method != "ssat" or max(recipe.lambda_ends) > 0
-    lone = f"method {recipe.method}" + (
-        f" with lambda_weight {recipe.lambda_weight:g}" if recipe.method == "ssat" else ""
-    )
-    reasons = {
-        "lambda_weight": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
-        "lambda_schedule": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
-        "lambda_end": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
-        "select": "" if classifies else f"{lone} does not classify",
-        "pretrain_epochs": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has no pre-training",
-        "budget": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has one stage",
-        "label_smoothing": "" if classifies else f"{lone} does not classify",
-        "mixup": "" if classifies else f"{lone} does not classify",
-        "cutmix": "" if classifies else f"{lone} does not classify",
-        "task": "" if recipe.has_task else f"{lone} has no task",
-        "cls_view": "" if recipe.method == "ssat" and classifies else f"{lone} classifies full images or none",
-        "min_lr": "" if recipe.schedule != "constant" else "schedule constant never falls",
-    }
-    why = lone if not recipe.has_task else f"task {recipe.task}"
-    decoding = ("decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix", "reconstruction_loss")
-    reasons |= dict.fromkeys(decoding, "" if masks else f"{why} masks nothing")
-    classifies_masked = recipe.method == "ssat" and recipe.cls_view == "masked"
-    reasons["mask_ratio"] = "" if masks or classifies_masked else f"{why} masks nothing"
-    if masks and recipe.task == "simmim":
-        own = "task simmim has its own linear decoder and absolute errors"
-        reasons |= dict.fromkeys([name for name in decoding if name != "norm_pix"], own)
-    if recipe.method == "ssl_ft" and recipe.pretrain_epochs is not None:
-        reasons["budget"] = "pretrain_epochs says it"
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    return {name: why for name, why in reasons.items() if why and getattr(recipe, name) != defaults[name]}
-
-
 _HINTS = typing.get_type_hints(Recipe)
 
 

@@ -13,7 +13,8 @@ from pandas import DataFrame
 
 from ssat_probe import drawing
 from ssat_probe.comparison import at, axes_of, points_over, shown
-from ssat_probe.recipe import Recipe, without_effect
+from ssat_probe.effect import without_effect
+from ssat_probe.recipe import Recipe
 
 Point = dict[str, Any]
 "Where a training stands: its value, or the name of its alternative, on each axis that changes it."
