@@ -287,8 +287,7 @@ def _relation_command(name: str) -> Callable[..., None]:
         from ssat_probe.record import folder_name
 
         out = out or Path("figures") / folder_name(ckpt)
-        terminal.say(runner.estimate(relation, ckpt, sample))
-        table = runner.run(relation, ckpt, sample, out)
+        table = runner.run(relation, ckpt, sample, out, terminal.say)
         terminal.print_table(relation.summary(table))
         terminal.say(f"Wrote {out / name}.csv, .json, .png and .pdf")
 

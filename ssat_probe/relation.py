@@ -2,12 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssat_probe import registry
 from ssat_probe.record import distinct_label, record_of, seen_of
+from ssat_probe.reuse import name_of
 from ssat_probe.sample import Sample
 from ssat_probe.table import Column, check_writable, read_table, write_table
 
@@ -63,33 +64,16 @@ def make(name: str, **options: Any) -> Relation:
     return relation
 
 
-def estimate(relation: Relation, paths: Sequence[Path], sample: Sample) -> str:
-    """What a measurement will cost, before it begins.
-
-    Args:
-        relation: With its options.
-        paths: Checkpoints; the first one is tried.
-        sample: Which images.
-
-    Returns:
-        A line; more than the relation's budget is a ValueError.
-    """
-    from ssat_probe.subject import Subject
-
-    num = relation.num_points(len(paths))
-    seconds = _seconds_per_point(relation, Subject.of(paths[0], sample, relation.split))
-    _refuse_too_much(relation, num, seconds)
-    name = type(relation).__module__.rpartition(".")[2]
-    return f"{name}: {num} points of {seconds:.3g} s: about {num * seconds:.0f} s"
-
-
-def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tuple["DataFrame", dict[str, Any]]:
+def measure_all(
+    relation: Relation, paths: Sequence[Path], sample: Sample, say: Callable[[str], None] = lambda line: None
+) -> tuple["DataFrame", dict[str, Any]]:
     """Table of a relation between some checkpoints, and the record of how it was made.
 
     Args:
         relation: With its options.
         paths: Checkpoints, in order.
         sample: Which images.
+        say: Told what the measurement will cost, before it begins.
 
     Returns:
         The table, and the record as plain data; checkpoints of different architectures are a ValueError, and so is more
@@ -102,13 +86,21 @@ def measure_all(relation: Relation, paths: Sequence[Path], sample: Sample) -> tu
     labels: list[str] = []
     for subject, path in zip(subjects, paths, strict=True):
         labels.append(distinct_label(subject.checkpoint.label, path, labels))
-    _refuse_too_much(relation, relation.num_points(len(subjects)), _seconds_per_point(relation, subjects[0]))
+    num, seconds = relation.num_points(len(subjects)), _seconds_per_point(relation, subjects[0])
+    _refuse_too_much(relation, num, seconds)
+    say(f"{name_of(relation)}: {num} points of {seconds:.3g} s: about {num * seconds:.0f} s")
     table = relation.measure(subjects, labels)
     seen = [seen_of(*one) for one in zip(subjects, paths, labels, strict=True)]
     return table, record_of(relation, sample, seen, str(subjects[0].device), time.monotonic() - started)
 
 
-def run(relation: Relation, paths: Sequence[Path], sample: Sample, out: Path) -> "DataFrame":
+def run(
+    relation: Relation,
+    paths: Sequence[Path],
+    sample: Sample,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> "DataFrame":
     """Measure, and write ``<relation>.csv``, ``.json``, ``.png`` and ``.pdf`` into a folder.
 
     Args:
@@ -116,6 +108,7 @@ def run(relation: Relation, paths: Sequence[Path], sample: Sample, out: Path) ->
         paths: Checkpoints, in order.
         sample: Which images.
         out: The folder.
+        say: Told what the measurement will cost, before it begins.
 
     Returns:
         The table.
@@ -123,7 +116,7 @@ def run(relation: Relation, paths: Sequence[Path], sample: Sample, out: Path) ->
     from ssat_probe import drawing
 
     check_writable(out)
-    table, record = measure_all(relation, paths, sample)
+    table, record = measure_all(relation, paths, sample, say)
     path = write_table(table, out / f"{record['probe']}.csv", record)
     drawing.save(relation.draw(read_table(path)), path.with_suffix(""))
     return table

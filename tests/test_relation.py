@@ -56,15 +56,22 @@ def test_cost_is_known_and_what_is_over_the_budget_refused_before_any_work(
     checkpoints: Paths, name: str, options: dict[str, int], num: int
 ) -> None:
     paths = list(checkpoints.values())
-    assert re.fullmatch(
-        rf"{name}: {num} points of \S+ s: about \d+ s", relation.estimate(relation.make(name, **options), paths, SAMPLE)
-    )
+    said: list[str] = []
+    relation.measure_all(relation.make(name, **options), paths, SAMPLE, said.append)
+    assert [bool(re.fullmatch(rf"{name}: {num} points of \S+ s: about \d+ s", line)) for line in said] == [True]
     tight = relation.make(name, budget_s=1e-9, **options)
-    for start in (relation.estimate, relation.measure_all):
-        with pytest.raises(
-            ValueError, match=rf"fit into budget_s, 1e-09 s, got {num} points that would take \d+ s; take"
-        ):
-            start(tight, paths, SAMPLE)
+    with pytest.raises(ValueError, match=rf"fit into budget_s, 1e-09 s, got {num} points that would take \d+ s; take"):
+        relation.measure_all(tight, paths, SAMPLE, said.append)
+    assert len(said) == 1
+
+
+def test_a_missing_checkpoint_is_found_before_anything_is_said(checkpoints: Paths, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(FileNotFoundError, match="nothere"):
+        relation.measure_all(
+            relation.make("path"), [*checkpoints.values(), tmp_path / "nothere.pt"], SAMPLE, said.append
+        )
+    assert said == []
 
 
 @pytest.mark.parametrize("name", registry.names("relations"))
