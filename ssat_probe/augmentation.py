@@ -71,18 +71,37 @@ def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator,
     References:
         He et al. (2021), https://arxiv.org/abs/2111.06377; Cubuk et al. (2019), https://arxiv.org/abs/1909.13719.
     """
+    return augment_and_keep(pixels, name, facts, generator, share)[0]
+
+
+def augment_and_keep(
+    pixels: Pixels, name: str, facts: Facts, generator: torch.Generator, share: Share | None = None
+) -> tuple[Pixels, Pixels]:
+    """Images changed as ``augment`` does, and what they were before their colours changed.
+
+    Args:
+        pixels: 0 to 255, on the CPU.
+        name: One of ``NAMES``.
+        facts: Of the data set: mean colour, and whether mirroring keeps the class.
+        generator: On the CPU; the only source of randomness.
+        share: Which part of a larger batch these images are.
+
+    Returns:
+        The changed images; and the same, cut out and mirrored alike, before RandAugment and erasing, if there are any.
+    """
     known(name, NAMES, "augmentations")
     if name == "none" or not len(pixels):
-        return pixels
+        return pixels, pixels
     draws = _Draws(generator, share or Share(0, 1, len(pixels)))
     changed = _crop(pixels, facts, draws) if name != "strong" else _resized_crop(pixels, draws)
     if name != "crop" and facts.flip:
         changed = _flip(changed, draws)
+    clean = changed
     if name == "strong":
         for _ in range(NUM_OPERATIONS):
             changed = _random_operation(changed, facts, draws)
         changed = _erase(changed, facts, draws)
-    return changed
+    return changed, clean
 
 
 @dataclass(frozen=True)

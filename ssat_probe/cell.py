@@ -51,6 +51,11 @@ class Measurement:
         """
         _, num_epochs = _last_stage(recipe)
         kept = snapshot_epochs(num_epochs)
+        if self.snapshots and recipe.patience is not None:
+            raise ValueError(
+                f"The snapshots of {self.name} need trainings of known length, got patience {recipe.patience}; leave "
+                "either out."
+            )
         if others := [epoch for epoch in self.snapshots if epoch not in kept]:
             raise ValueError(
                 f"The snapshots of {self.name} must be after epochs that a training of {num_epochs} keeps, got "

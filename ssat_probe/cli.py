@@ -75,7 +75,7 @@ def train(
     terminal.print_budget(resolved, budget)
     if plan:
         return
-    with terminal.progress() as progress:
+    with terminal.progress() as progress, terminal.warnings_said():
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
             snapshots=snapshots, gradients_every=gradients_every, execution=execution,

@@ -24,6 +24,8 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         "lambda_schedule": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
         "lambda_end": "" if recipe.method == "ssat" else f"method {recipe.method} has one loss at a time",
         "select": "" if classifies else f"{lone} does not classify",
+        "select_on": "" if classifies else f"{lone} does not classify",
+        "patience": "" if classifies else f"{lone} does not classify",
         "pretrain_epochs": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has no pre-training",
         "budget": "" if recipe.method == "ssl_ft" else f"method {recipe.method} has one stage",
         "label_smoothing": "" if classifies else f"{lone} does not classify",
@@ -34,13 +36,20 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         "min_lr": "" if recipe.schedule != "constant" else "schedule constant never falls",
     }
     why = lone if not recipe.has_task else f"task {recipe.task}"
-    decoding = ("decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix", "reconstruction_loss")
+    decoding = ("decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix", "reconstruction_loss",
+                "reconstruction_target")  # fmt: skip
     reasons |= dict.fromkeys(decoding, "" if masks else f"{why} masks nothing")
     classifies_masked = recipe.method == "ssat" and recipe.cls_view == "masked"
     reasons["mask_ratio"] = "" if masks or classifies_masked else f"{why} masks nothing"
     if masks and recipe.task == "simmim":
         own = "task simmim has its own linear decoder and absolute errors"
-        reasons |= dict.fromkeys([name for name in decoding if name != "norm_pix"], own)
+        reasons |= dict.fromkeys([name for name in decoding if name not in ("norm_pix", "reconstruction_target")], own)
+    if masks and recipe.augmentation != "strong":
+        reasons["reconstruction_target"] = f"augmentation {recipe.augmentation} has neither colours nor noise"
+    if recipe.subset is None:
+        reasons["subset_seed"] = "all images are used"
+    if recipe.select_on == "test" and recipe.select == "best":
+        reasons["select"] = "select_on test says it"
     if recipe.method == "ssl_ft" and recipe.pretrain_epochs is not None:
         reasons["budget"] = "pretrain_epochs says it"
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}

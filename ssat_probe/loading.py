@@ -20,7 +20,7 @@ LoadedBatch = tuple[
 "Pixels, labels, positions in the set."
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> Int64[np.ndarray, " image"]:
+def epoch_order(num_images: int, seed: int, epoch: int, repeats: int = 1) -> Int64[np.ndarray, " image"]:
     """Order in which one epoch visits the images.
 
     Depends on nothing but the arguments, so that a resumed run continues in the same order.
@@ -29,11 +29,16 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> Int64[np.ndarray, " i
         num_images: How many there are.
         seed: Of the run; at least 0.
         epoch: From 0.
+        repeats: Times that each image comes, one after another; the epoch stays as long, so it has fewer of them.
 
     Returns:
-        A permutation of the positions.
+        As many positions as there are images: a permutation, or the beginning of one with each position repeated.
+
+    References:
+        Hoffer et al. (2020), https://arxiv.org/abs/1901.09335, Sec. 3, for repeats within a batch.
     """
-    return np.random.default_rng([seed, epoch]).permutation(num_images)
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    return order.repeat(repeats)[:num_images]
 
 
 def batches(images: Images, id_lists: Sequence[Sequence[int] | np.ndarray], workers: int = 0) -> Iterator[LoadedBatch]:

@@ -28,17 +28,19 @@ def reconstruction_error(
     norm_pix: bool,
     distance: str = "mse",
     features: Features | None = None,
+    target: Float[Tensor, "batch channel height width"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean squared (or absolute) error of the predicted pixels over the hidden patches, per image.
 
     Args:
         encoder: Encodes the visible patches; its ``encode`` gives ``Features``, whose grid says how large a patch is.
         decoder: Predicts every patch from them.
-        images: Normalised images; the target.
+        images: Normalised images.
         mask: True at hidden patches; the same count in every row.
         norm_pix: Normalise the target within each patch first.
         distance: ``mse``, or ``l1`` for absolute errors (Xie et al., 2022, Sec. 3.4).
         features: What the encoder made of the masked images, where that is known already.
+        target: Images whose pixels are to be predicted, where these are not ``images``.
 
     Returns:
         In units of the normalised pixels squared; of the normalised pixels for ``l1``.
@@ -49,7 +51,7 @@ def reconstruction_error(
     features = encoder.encode(images, mask) if features is None else features
     patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
     predicted = _at_least_float32(decoder(features))
-    errors = predicted - target_of(images, patch_size, norm_pix)
+    errors = predicted - target_of(images if target is None else target, patch_size, norm_pix)
     per_patch = (errors.abs() if distance == "l1" else errors.square()).mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)

@@ -22,6 +22,8 @@ Distance = Literal["mse", "l1"]
 Optimiser = Literal["adamw", "sgd"]
 LambdaSchedule = Literal["constant", "linear", "cosine"]
 Selection = Literal["last", "best"]
+SelectionImages = Literal["val", "test"]
+Target = Literal["augmented", "clean"]
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,18 @@ class Recipe:
     select: Selection = "last"
     "Weights to keep: of the last epoch, or of the one with the best accuracy on the validation images (best)."
 
+    select_on: SelectionImages = "val"
+    "test trains on the validation images too and keeps the epoch best on test, as the paper did: no fair number."
+
+    patience: int | None = None
+    "Stop when so many looks at the validation images in a row brought no better accuracy; none means never."
+
+    repeats: int = 1
+    "Times that a step sees each of its images, each time augmented anew; an epoch then sees so many fewer of them."
+
+    reconstruction_target: Target = "augmented"
+    "Pixels to predict: as they go in, or clean: cut out and mirrored alike, but before RandAugment and erasing."
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):
@@ -188,6 +202,11 @@ class Recipe:
     def has_task(self) -> bool:
         """Whether a stage trains on the self-supervised task."""
         return self.method == "ssl_ft" or (self.method == "ssat" and min(self.lambda_ends) < 1)
+
+    @property
+    def selects(self) -> bool:
+        """Whether the best epoch is kept instead of the last one."""
+        return self.select == "best" or self.select_on == "test"
 
     @property
     def lambda_ends(self) -> tuple[float, float]:
@@ -304,9 +323,9 @@ def _check_ranges(recipe: Recipe) -> None:
     )
     check("momentum", 0 <= recipe.momentum < 1, "at least 0 and below 1")
     check("momentum", is_sgd or recipe.momentum == 0, "0 with optimiser adamw, whose averages are betas")
-    for name in ("epochs", "batch_size", "accumulate", "eval_every"):
+    for name in ("epochs", "batch_size", "accumulate", "eval_every", "repeats"):
         check(name, getattr(recipe, name) >= 1, "at least 1")
-    for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs"):
+    for name in ("decoder_depth", "decoder_width", "decoder_heads", "pretrain_epochs", "patience"):
         check(name, getattr(recipe, name) is None or getattr(recipe, name) >= 1, "at least 1")
     check("img_size", max(recipe.img_size or (1,)) <= 2**14, "at most 16384 pixels high and wide")
     check("decoder_depth", (recipe.decoder_depth or 1) <= 256, "at most 256")
@@ -325,5 +344,9 @@ def _check_ranges(recipe: Recipe) -> None:
     check("base_lr", math.isfinite(recipe.base_lr), "a finite number")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
     check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")
+    check("repeats", recipe.batch_size % recipe.repeats == 0, f"a divisor of batch_size {recipe.batch_size}")
+    alone = not (recipe.has_task and recipe.task == "contrastive")
+    check("repeats", recipe.repeats == 1 or alone, "1 with task contrastive, whose negatives are other images")
+    check("repeats", recipe.repeats == 1 or recipe.augmentation != "none", "1 with augmentation none")
     if recipe.budget == "equal_epochs" and recipe.method == "ssl_ft":
         check("epochs", recipe.epochs >= 2, "at least 2 to be halved")

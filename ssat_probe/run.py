@@ -143,7 +143,7 @@ def write_checkpoint(
     """
     network: dict[str, nn.Module] = dict((run.network if average is None else average).named_children())
     weights = state_of(network["encoder"], network.get("decoder") if run.recipe.reconstructs else None)
-    epoch = run.recipe.stage_epochs[stage]
+    epoch = sum(row["stage"] == stage for row in state.rows)  # fewer than planned where patience ended it
     if state.best_epoch and path.stem == run.recipe.method:
         weights, epoch = load_checkpoint(run.folder / BEST_FILE).state, state.best_epoch
         run.accelerator.wait_for_everyone()  # the file goes below
@@ -166,7 +166,7 @@ def keep_best(run: Run, state: State, stage: str) -> None:
         state: Its log, of whose last epoch the weights are; remembers the best.
         stage: That is going on.
     """
-    accuracy = state.rows[-1]["val_accuracy"]
+    accuracy = state.rows[-1][f"{run.recipe.select_on}_accuracy"]
     if accuracy > state.best:  # never where it was not looked at
         state.best, state.best_epoch = accuracy, state.epoch
         if run.accelerator.is_main_process:
@@ -239,7 +239,7 @@ def refuse_without_snapshots(recipe: Recipe, folder: Path) -> None:
         ValueError: If one is missing.
     """
     for stage, num_epochs in recipe.stage_epochs.items():
-        for epoch in snapshot_epochs(num_epochs):
+        for epoch in snapshot_epochs(num_epochs)[: None if recipe.patience is None else 1]:  # it may have ended early
             path = snapshot_path(folder, stage, epoch)
             if not path.is_file():
                 raise ValueError(

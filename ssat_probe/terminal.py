@@ -34,6 +34,24 @@ def say(line: str) -> None:
 
 
 @contextmanager
+def warnings_said() -> Iterator[None]:
+    """Within the block, a warning of ours is one sentence on stderr.
+
+    Yields:
+        Nothing; warnings are as before afterwards.
+    """
+    import warnings
+
+    def shown(message: Warning | str, *others: object) -> None:
+        print(" ".join(f"Warning: {message}".split()), file=sys.stderr)  # noqa: T201
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module=r"ssat_probe\.")
+        warnings.showwarning = shown  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
 def hushed(is_silent: bool) -> Iterator[None]:
     """Within the block, nothing is printed if another process prints the same.
 

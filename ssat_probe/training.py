@@ -3,13 +3,12 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -20,11 +19,13 @@ from ssat_probe import objectives, registry
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
+from ssat_probe.epoch import evaluate as evaluate
+from ssat_probe.epoch import finish_epoch, has_lost_patience
 from ssat_probe.execution import Execution, prepare
-from ssat_probe.images import Facts, Images, normalise, split
+from ssat_probe.images import Dataset, Facts, Images, split
 from ssat_probe.initial import begin_from
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
-from ssat_probe.meter import Meter, peak_memory_bytes
+from ssat_probe.meter import Meter
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.optimisation import build_optimiser
 from ssat_probe.recipe import Recipe
@@ -36,7 +37,6 @@ from ssat_probe.run import (
     refuse_other,
     refuse_without_snapshots,
     save_state,
-    share_statistics,
     snapshot_epochs,
     write_checkpoint,
     write_snapshot,
@@ -44,9 +44,6 @@ from ssat_probe.run import (
 from ssat_probe.schedule import classification_weight, learning_rate
 from ssat_probe.table import write_atomically
 from ssat_probe.update import update
-
-LOOKS = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
-"What a look at the gradients of both terms gives; the log has its mean over the steps looked at in an epoch."
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -107,9 +104,13 @@ def train(
         if snapshots:
             refuse_without_snapshots(recipe, folder)
         return checkpoint
-    run = _start(recipe, dataset.facts, (split(dataset, "train", recipe.subset, recipe.subset_seed),
-                                         split(dataset, "val")), folder, device, tracker, workers,
-                 execution)  # fmt: skip
+    if recipe.select_on == "test":
+        warnings.warn(
+            "select_on test keeps the epoch that is best on the test images, so their accuracy is too good to report "
+            "but beside numbers found in the same way, such as the paper's.",
+            stacklevel=2,
+        )
+    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution)
     state, saved = load_state(run) if resume else (State(), None)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
@@ -156,12 +157,14 @@ def train(
             position = state.epoch + (per_epoch - 1) / per_epoch
             last = {"learning_rate": learning_rate(recipe, position, num_epochs)}
             last |= {"lambda_weight": classification_weight(recipe, position, num_epochs)} if is_scheduled else {}
-            _finish_epoch(run, state, stage, last, average)
-            if recipe.select == "best" and state.stage == len(stages) - 1:
+            finish_epoch(run, state, stage, last, average)
+            if recipe.selects and state.stage == len(stages) - 1:
                 keep_best(run, state, stage)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
             meter.lap()  # what is between the steps of two epochs is no step's
+            if has_lost_patience(recipe, state, stage):
+                break
         if len(stages) > 1 and state.stage == 0:
             write_checkpoint(run, state, stage, folder / f"{stage}.pt")
         state.stage, state.epoch = state.stage + 1, 0
@@ -188,41 +191,23 @@ def plan(recipe: Recipe, data_dir: Path | None = None, download: bool = False) -
     recipe = resolve(recipe, dataset.facts)
     if isinstance(recipe.subset, int):  # then a plan needs no images on disk
         return recipe, budget_of(recipe, dataset.facts, recipe.subset)
-    num_images = len(split(dataset, "train", recipe.subset, recipe.subset_seed))
-    return recipe, budget_of(recipe, dataset.facts, num_images)
+    return recipe, budget_of(recipe, dataset.facts, len(images_of(recipe, dataset)[0]))
 
 
-def evaluate(
-    encoder: nn.Module,
-    images: Images,
-    facts: Facts,
-    device: torch.device | str,
-    ids: Sequence[int] | np.ndarray | None = None,
-) -> tuple[int, float]:
-    """Correct predictions and summed cross-entropy over images; the encoder is left as it was found.
+def images_of(recipe: Recipe, dataset: Dataset) -> tuple[Images, Images]:
+    """Images to train on, and those whose accuracy is looked at after each epoch.
 
     Args:
-        encoder: Gives logits.
-        images: What to look at.
-        facts: How to normalise.
-        device: Where the encoder is.
-        ids: Positions to look at; all by default.
+        recipe: Says whether test images are looked at.
+        dataset: Has both.
 
     Returns:
-        Number of images whose largest logit is their class, and the sum of the losses in nats.
+        Training and validation images; or all training images and the test images.
     """
-    was_training = encoder.training
-    encoder.eval()
-    positions = np.arange(len(images)) if ids is None else np.asarray(ids)
-    correct, loss = 0, 0.0
-    with torch.no_grad():
-        for pixels, labels, _ in batches(images, [positions[i : i + 256] for i in range(0, len(positions), 256)]):
-            logits = encoder(normalise(pixels.to(device), facts)).float()
-            labels = labels.to(device)
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    encoder.train(was_training)
-    return correct, loss
+    subset = recipe.subset, recipe.subset_seed
+    if recipe.select_on == "val":
+        return split(dataset, "train", *subset), split(dataset, "val")
+    return split(dataset, "train", *subset, val_fraction=0), split(dataset, "test")
 
 
 def _start(
@@ -306,70 +291,11 @@ def _average(run: Run, saved: dict[str, Any] | None) -> ModelEmaV3 | None:
 
 def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
     """What is left of this process's share of the epoch's batches."""
-    order = epoch_order(len(run.train), run.recipe.seed, epoch)
+    order = epoch_order(len(run.train), run.recipe.seed, epoch, run.recipe.repeats)
     size = min(run.recipe.batch_size, len(order))
     lists = [order[i * size : (i + 1) * size] for i in range(steps_per_epoch(len(order), size))]
     mine = slice(run.accelerator.process_index, None, run.accelerator.num_processes)
     return batches(run.train, [ids[mine] for ids in lists[state.step :]], run.workers)
-
-
-def _finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], average: ModelEmaV3 | None) -> None:
-    """Evaluate, write the log's row, and start the next epoch's sums."""
-    started = time.monotonic()
-    share_statistics(run)
-    mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
-    encoders = {"val": run.encoder} | ({"ema_val": average.module["encoder"]} if average is not None else {})
-    counts = [float("nan")] * 2 * len(encoders)
-    done = state.epoch + 1
-    if stage != "pretrain" and (done % run.recipe.eval_every == 0 or done == run.recipe.stage_epochs[stage]):
-        device = run.accelerator.device
-        counts = [float(n) for one in encoders.values() for n in evaluate(one, run.val, run.facts, device, mine)]
-    names = sorted(state.sums)
-    dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
-    local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=dtype)
-    values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
-    sums = dict(zip(names, values[len(counts) :], strict=True))
-    processes = run.accelerator.num_processes
-    num, seconds = sums["images"], sums["seconds"] / processes
-    nan = float("nan")
-    row = {
-        "stage": stage,
-        "epoch": state.epoch + 1,
-        "loss": sums["loss"] / num,
-        "cross_entropy": sums.get("cross_entropy", nan) / num,
-        "reconstruction": sums.get("reconstruction", nan) / num,
-        **({"auxiliary": sums["auxiliary"] / num} if "auxiliary" in sums else {}),
-        **last,
-        "grad_norm": sums["grad_norm"] / sums["steps"],
-        **{name: sums[name] / sums["looks"] for name in LOOKS if "looks" in sums},
-        "train_accuracy": sums.get("correct", nan) / num,
-        **{
-            f"{name}_{what}": values[2 * place + number] / len(run.val)
-            for place, name in enumerate(encoders)
-            for number, what in enumerate(("accuracy", "cross_entropy"))
-        },
-        "seconds": seconds,
-        "images_per_s": num / seconds,
-        "data_wait_s": sums["data_wait_s"] / processes,
-    }
-    state.rows.append(row)
-    spent = {"images": num, "train_s": seconds, "data_wait_s": row["data_wait_s"]}
-    spent |= {"evaluation_s": time.monotonic() - started, "processor_s": sums.get("processor_s", nan)}
-    energy = sums.get("energy_j", nan) / processes  # each process reads the counters of the whole machine
-    spent |= {} if np.isnan(energy) else {"energy_j": energy}
-    _charge(run, state, stage, spent)
-    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
-    if run.accelerator.trackers:
-        run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
-
-
-def _charge(run: Run, state: State, stage: str, spent: dict[str, float]) -> None:
-    """Add an epoch to what the stage has cost."""
-    cost = state.cost.setdefault(stage, {})
-    for name, value in spent.items():
-        cost[name] = cost.get(name, 0.0) + value
-    cost["multiply_adds"] = cost["images"] * run.multiply_adds_per_image[stage]
-    cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak_memory_bytes(run.accelerator.device))
 
 
 def _is_finite_everywhere(run: Run, loss: float) -> bool:

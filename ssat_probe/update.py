@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssat_probe.augmentation import Share, augment
+from ssat_probe.augmentation import Share, augment, augment_and_keep
 from ssat_probe.execution import recomputing, reproducible
 from ssat_probe.images import normalise
 from ssat_probe.loading import LoadedBatch
@@ -53,10 +53,14 @@ def update(
     seed = _seed_of(run.recipe, global_step, run.accelerator.process_index)
     total = min(run.recipe.batch_size, len(run.train))
     share = Share(run.accelerator.process_index, run.accelerator.num_processes, total)
-    pixels = augment(pixels, run.recipe.augmentation, run.facts, generator, share)
+    pixels, clean = augment_and_keep(pixels, run.recipe.augmentation, run.facts, generator, share)
     noise = share.of(torch.rand(total, run.encoder.num_tokens, generator=generator))
     plain: Any = run.accelerator.unwrap_model(objective)
-    others = augment(loaded[0], run.recipe.augmentation, run.facts, generator, share) if plain.num_views == 2 else None
+    others = None
+    if plain.num_views == 2:  # of a task that reconstructs, the second one is its target
+        others = clean
+        if not run.recipe.reconstructs:
+            others = augment(loaded[0], run.recipe.augmentation, run.facts, generator, share)
     set_rate(optimiser, rate)
     if weight is not None:
         plain.weight = weight

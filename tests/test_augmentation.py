@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssat_probe import augmentation
-from ssat_probe.augmentation import NAMES, Share, augment
+from ssat_probe.augmentation import NAMES, Share, augment, augment_and_keep
 from ssat_probe.images import Facts
 
 FACTS = Facts(
@@ -142,6 +142,17 @@ def test_erasing_leaves_rectangles_of_noise_in_a_quarter_of_the_images(monkeypat
     assert (rows.int().diff(dim=1).abs().sum(1) <= 2).all()  # ... without a gap
     area = changed[touched].float().mean((1, 2))
     assert 0.01 < area.min() < area.max() <= 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_kept_is_cut_and_mirrored_alike_but_has_its_colours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pixels()
+    changed, clean = augment_and_keep(images, name, FACTS, generator(5))
+    assert torch.equal(changed, augment(images, name, FACTS, generator(5)))
+    assert torch.equal(changed, clean) == (name != "strong")
+    monkeypatch.setattr(augmentation, "NUM_OPERATIONS", 0)  # the same draws up to there
+    monkeypatch.setattr(augmentation, "ERASE_CHANCE", 0.0)
+    assert torch.equal(augment(images, name, FACTS, generator(5)), clean)
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

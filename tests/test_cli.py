@@ -61,6 +61,18 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 # Mistakes: checkpoints
 
 
+def test_a_warning_is_one_sentence_on_stderr(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--method", "scratch", "--select-on", "test", *SMALL])
+    said = capsys.readouterr().err
+    assert caught.value.code == 0
+    assert said.count("\n") == 1
+    assert said.startswith("Warning: select_on test keeps the epoch that is best on the test images, so their accur")
+
+
 def test_a_checkpoint_that_is_not_there(refused: Run, checkpoints: Paths) -> None:
     assert refused("attention", "--ckpt", "no/such.pt") == "no/such.pt must be a checkpoint, got no such file."
     assert (

@@ -41,6 +41,13 @@ def test_options_that_change_nothing_are_named_with_the_reason(fields: dict[str,
         ({"method": "ssl_ft", "cls_view": "masked"}, {"cls_view"}),
         ({"lambda_weight": 0.0, "cls_view": "masked"}, {"cls_view"}),
         ({"reconstruction_loss": "l1"}, set()),
+        ({"reconstruction_target": "clean", "augmentation": "strong"}, set()),
+        ({"reconstruction_target": "clean", "augmentation": "strong", "task": "simmim"}, set()),
+        ({"reconstruction_target": "clean", "augmentation": "standard"}, {"reconstruction_target"}),
+        ({"reconstruction_target": "clean", "augmentation": "strong", "task": "dino"}, {"reconstruction_target"}),
+        ({"reconstruction_target": "clean", "augmentation": "strong", "method": "scratch"}, {"reconstruction_target"}),
+        ({"subset_seed": 3}, {"subset_seed"}),
+        ({"subset_seed": 3, "subset": 30}, set()),
     ],
 )
 def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], named: set[str]) -> None:
@@ -55,6 +62,9 @@ def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], 
         ({"lambda_schedule": "cosine", "lambda_end": 0.0, "lambda_weight": 1.0, "decoder_depth": 3}, set()),
         ({"lambda_weight": 0.0, "select": "best"}, {"select"}),
         ({"method": "ssl_ft", "select": "best", "init_from": "a.pt"}, set()),
+        ({"lambda_weight": 0.0, "select_on": "test", "patience": 3}, {"select_on", "patience"}),
+        ({"select_on": "test", "select": "best", "patience": 3}, {"select"}),
+        ({"select_on": "test", "patience": 3, "repeats": 2}, set()),
     ],
 )
 def test_a_schedule_between_weights_has_both_terms(fields: dict[str, Any], named: set[str]) -> None:

@@ -35,6 +35,13 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
     assert len({tuple(each) for each in (order, *others)}) == 4
 
 
+def test_repeated_images_stand_together_and_the_epoch_stays_as_long() -> None:
+    order = epoch_order(97, seed=3, epoch=2, repeats=3)
+    assert len(order) == 97
+    np.testing.assert_array_equal(order[::3], epoch_order(97, seed=3, epoch=2)[:33])
+    np.testing.assert_array_equal(order[:96].reshape(32, 3), order[:96:3, None].repeat(3, 1))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_files_come_in_the_order_given(tmp_path: Path, workers: int) -> None:
     images = written(tmp_path, arrays())

@@ -23,7 +23,7 @@ import torch
 from ssat_probe import training
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_tensors
 from ssat_probe.data import open_dataset
-from ssat_probe.images import normalise, split
+from ssat_probe.images import split
 from ssat_probe.loading import epoch_order
 from ssat_probe.meter import POWERCAP
 from ssat_probe.network import build_encoder
@@ -472,23 +472,6 @@ def test_training_leaves_the_global_generators_alone(tmp_path: Path) -> None:
     train(tiny("ssl_ft", augmentation="strong"), tmp_path, device="cpu")
     assert torch.equal(torch_state, torch.get_rng_state())
     assert all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True))
-
-
-def test_evaluation_counts_and_sums_over_images_and_leaves_the_mode(checkpoints: dict[str, Path]) -> None:
-    checkpoint = load_checkpoint(checkpoints["scratch"])
-    images, encoder = split(open_dataset("digits"), "test"), checkpoint.encoder()
-    assert len(images) > 256  # more than one batch
-    correct, loss = evaluate(encoder, images, checkpoint.facts, "cpu")
-    assert encoder.training
-    with torch.no_grad():
-        logits = encoder.eval()(normalise(images.read(range(len(images))), checkpoint.facts)).double()
-    labels = torch.from_numpy(images.labels)
-    assert correct == int((logits.argmax(1) == labels).sum())
-    expected = float((logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]).sum())
-    assert loss == pytest.approx(expected, rel=1e-6)
-    evaluate(encoder, images, checkpoint.facts, "cpu", [3, 5])
-    assert not encoder.training
-    assert evaluate(encoder, images, checkpoint.facts, "cpu", [3, 5])[0] <= 2
 
 
 def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from ssat_probe.recipe import Recipe
 class Objective(nn.Module):
     """Mean squared or absolute error over the hidden patches of a masked pass."""
 
-    num_views = 1
     masks = True
 
     def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None) -> None:
@@ -29,6 +28,7 @@ class Objective(nn.Module):
         if decoder is None:
             raise ValueError("Reconstruction needs a decoder, got none; build one with network.build_decoder.")
         self.encoder, self.decoder, self.recipe = encoder, decoder, recipe
+        self.num_views = 2 if recipe.reconstruction_target == "clean" else 1
 
     def forward(
         self,
@@ -44,7 +44,7 @@ class Objective(nn.Module):
             images: Normalised images.
             labels: Not used.
             noise: Uniform numbers that decide the masks.
-            other: Not used: one view is enough.
+            other: The images as they are to be predicted, where these are not the ones that go in.
             features: Of the masked pass, where they are known already.
 
         Returns:
@@ -52,6 +52,7 @@ class Objective(nn.Module):
         """
         mask = random_mask(noise, self.recipe.mask_ratio)
         error = reconstruction_error(
-            self.encoder, self.decoder, images, mask, self.recipe.norm_pix, self.recipe.reconstruction_loss, features
-        )
+            self.encoder, self.decoder, images, mask, self.recipe.norm_pix, self.recipe.reconstruction_loss, features,
+            other,
+        )  # fmt: skip
         return Losses(error.mean(), reconstruction=error.mean().detach())

@@ -14,7 +14,6 @@ from ssat_probe.recipe import Recipe
 class Objective(nn.Module):
     """Mean absolute error over the hidden patches, from an encoder that carries mask tokens and a linear decoder."""
 
-    num_views = 1
     masks = True
 
     def __init__(self, recipe: Recipe, encoder: nn.Module, decoder: nn.Module | None) -> None:
@@ -28,6 +27,7 @@ class Objective(nn.Module):
         super().__init__()
         absolute = dataclasses.replace(recipe, reconstruction_loss="l1")
         self.reconstruction = reconstruction.Objective(absolute, encoder, decoder)
+        self.num_views = self.reconstruction.num_views
 
     def forward(
         self,
@@ -43,7 +43,7 @@ class Objective(nn.Module):
             images: Normalised images.
             labels: Not used.
             noise: Uniform numbers that decide the masks.
-            other: Not used: one view is enough.
+            other: The images as they are to be predicted, where these are not the ones that go in.
             features: Of the masked pass, where they are known already.
 
         Returns:

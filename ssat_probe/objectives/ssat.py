@@ -30,7 +30,7 @@ class Objective(nn.Module):
         self.supervised: Any = supervised.Objective(recipe, encoder) if max(recipe.lambda_ends) > 0 else None
         task = registry.load("objectives", recipe.task).Objective
         self.task: Any = task(recipe, encoder, decoder) if min(recipe.lambda_ends) < 1 else None
-        self.num_views = task.num_views if self.task is not None else 1
+        self.num_views = self.task.num_views if self.task is not None else 1
         both = self.supervised is not None and self.task is not None
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.shares_pass = both and not mixes and task.masks == (recipe.cls_view == "masked")
