@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssat_probe.losses import predicted_patches
 from ssat_probe.measures import processes
 from ssat_probe.measures.batching import pieces
-from ssat_probe.measures.gauss_newton import Output, cross_entropy_output, gauss_newton
+from ssat_probe.measures.gauss_newton import (
+    Output,
+    cross_entropy_output,
+    gauss_newton,
+    squared_error_output,
+    weighted_sum,
+)
 from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.memory import Room, need, room
 from ssat_probe.measures.selection import selected
@@ -117,7 +124,7 @@ def operators(
         everything: Parameters to choose from, by name.
         loss: One of the subject's.
         params: Patterns of the parameters looked at; none means all.
-        matrix: ``hessian``, or ``gauss_newton`` of the cross-entropy.
+        matrix: ``hessian``, or ``gauss_newton``.
         is_augmented: Look at images changed as in training, each always in the same way.
         l2: Add the recipe's weight decay to the loss; its curvature is the decay along parameters that decay, and
             none along the others.
@@ -141,12 +148,35 @@ def operators(
 
     def output(batch: Batch) -> Output:
         with constant(others):
-            return cross_entropy_output(subject.model(batch.images))
+            return output_of(subject, batch, loss)
 
     plain = HessianOperator(parameters, whole, batches, **options)
     if matrix == "hessian":
         return plain, plain
     return plain, gauss_newton(parameters, output, batches, **options)
+
+
+def output_of(subject: Subject, batch: Batch, loss: str) -> Output:
+    """What the network gives for a batch under a loss, for the Gauss-Newton matrix.
+
+    Args:
+        subject: Model and losses.
+        batch: Of its images.
+        loss: Of `Subject.loss`: logits, the predicted pixels under the frozen masks, or both.
+
+    Returns:
+        With the Hessian of that loss in the output, as a mean over the images.
+    """
+    if loss == "cross_entropy":
+        return cross_entropy_output(subject.model(batch.images))
+    if loss == "joint":
+        weight = subject.checkpoint.recipe.lambda_ends[1]
+        shares = {"cross_entropy": weight, "reconstruction": 1 - weight}
+        return weighted_sum([(share, output_of(subject, batch, term)) for term, share in shares.items()])
+    mask = subject.masks(batch)
+    predicted = predicted_patches(subject.require_decoder(), subject.model.encode(batch.images, mask))
+    hidden = mask.to(predicted)[:, :, None]
+    return squared_error_output(predicted, hidden / (hidden.sum(dim=1, keepdim=True) * predicted[:, 0].numel()))
 
 
 def shared_parameters(subject: Subject) -> dict[str, Tensor]:
@@ -201,4 +231,4 @@ def room_for(
     share = -(-sum(sizes) // num)
     found = need(plain.parameters, plain.loss, whole, max_bytes) if rank == 0 else None
     sized = plain.size, num_vectors, processes.first(found), share, min(max(sizes), share)
-    return room(max_bytes, *sized, taken=taken)
+    return room(max_bytes, *sized, taken=taken, has_own_memory=plain.device.type != "cpu")

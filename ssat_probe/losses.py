@@ -50,11 +50,24 @@ def reconstruction_error(
     """
     features = encoder.encode(images, mask) if features is None else features
     patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
-    predicted = _at_least_float32(decoder(features))
+    predicted = predicted_patches(decoder, features)
     errors = predicted - target_of(images if target is None else target, patch_size, norm_pix)
     per_patch = (errors.abs() if distance == "l1" else errors.square()).mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def predicted_patches(decoder: nn.Module, features: Features) -> Float[Tensor, "batch token value"]:
+    """What the decoder makes of every patch.
+
+    Args:
+        decoder: Predicts every patch.
+        features: Of the visible ones.
+
+    Returns:
+        One row of pixels per patch, to be compared with `target_of`.
+    """
+    return _at_least_float32(decoder(features))
 
 
 def target_of(

@@ -216,19 +216,27 @@ class Subject:
             mask: What ``masks`` gives, where it is kept for many passes.
 
         Returns:
-            Mean square over the hidden patches, in normalised pixels squared.
+            Mean square over the hidden patches, in normalised pixels squared; no decoder is a ValueError.
+        """
+        decoder = self.require_decoder()
+        mask = self.masks(batch) if mask is None else mask
+        return reconstruction_error(self.model, decoder, batch.images, mask, self.checkpoint.recipe.norm_pix)
+
+    def require_decoder(self) -> nn.Module:
+        """The decoder.
+
+        Returns:
+            In eval mode.
 
         Raises:
-            ValueError: If the checkpoint has no decoder.
+            ValueError: If the checkpoint has none.
         """
-        recipe = self.checkpoint.recipe
         if self.decoder is None:
             raise ValueError(
                 f"{self.checkpoint.path} must hold a decoder for the reconstruction error, got none; "
                 "use --loss cross_entropy, or a checkpoint of ssat or ssl_ft."
             )
-        mask = self.masks(batch) if mask is None else mask
-        return reconstruction_error(self.model, self.decoder, batch.images, mask, recipe.norm_pix)
+        return self.decoder
 
     def parameters(self, term: str = "cross_entropy") -> dict[str, nn.Parameter]:
         """Trainable parameters that a loss may depend on, by name.

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
 from ssat_probe.curvature import SizedBatches, constant, in_float64, l2_term, operators
+from ssat_probe.measures.certificate import certify
 from ssat_probe.measures.exact import assembled
+from ssat_probe.measures.hessian import dense
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 
@@ -43,6 +45,42 @@ def test_both_matrices_are_over_the_chosen_parameters(subject):
     labels = torch.cat([batch.labels for batch in subject.batches()])
     loss = F.cross_entropy(subject.model(batch), labels)
     assert plain.evaluate().loss == pytest.approx(float(loss.detach()), rel=1e-12)
+
+
+def test_gauss_newton_of_the_reconstruction_against_assembled_jacobians(subject):
+    subject = in_float64(subject)
+    names = ("blocks.0.norm1.*", "decoder.pred.bias")
+    _, matrix = operators(subject, subject.parameters("reconstruction"), "reconstruction", names, "gauss_newton")
+    parameters, wanted = list(matrix.parameters.values()), 0
+    for batch in subject.batches():
+        mask = subject.masks(batch)
+        predicted = subject.decoder(subject.model.encode(batch.images, mask))
+        for image, hidden in zip(predicted, mask, strict=True):
+            for value in image[hidden].flatten():  # of the square of each hidden pixel, by the definition of the loss
+                row = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+                wanted = wanted + 2 * torch.outer(row, row) / image[hidden].numel() / subject.num_images
+    torch.testing.assert_close(dense(matrix), wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+
+def test_gauss_newton_of_the_reconstruction_is_the_hessian_where_the_network_is_linear(subject):
+    subject = in_float64(subject)
+    options = {"loss": "reconstruction", "params": ("decoder.pred.*",), "matrix": "gauss_newton"}
+    plain, matrix = operators(subject, subject.parameters("reconstruction"), **options)
+    assert float(dense(plain).abs().max()) > 0.01
+    torch.testing.assert_close(dense(matrix), dense(plain), rtol=0, atol=1e-13)
+
+
+def test_gauss_newton_of_the_joint_loss_is_the_weighted_sum_and_passes_the_certificate(subject):
+    subject = in_float64(subject)
+    everything, params = subject.parameters("joint"), ("blocks.1.norm2.*", "head.bias", "decoder.pred.bias")
+    losses = ("cross_entropy", "reconstruction", "joint")
+    pairs = {loss: operators(subject, everything, loss, params, "gauss_newton") for loss in losses}
+    found = {loss: matrix for loss, (_, matrix) in pairs.items()}
+    weight = subject.checkpoint.recipe.lambda_ends[1]
+    wanted = weight * dense(found["cross_entropy"]) + (1 - weight) * dense(found["reconstruction"])
+    torch.testing.assert_close(dense(found["joint"]), wanted, rtol=0, atol=1e-13 * float(wanted.abs().max()))
+    assert 0 < weight < 1
+    assert len(certify(found["joint"], evaluated=pairs["joint"][0]).checks) == 4
 
 
 def test_the_plain_matrix_is_one_operator(subject):

@@ -13,24 +13,34 @@ BLOCK_BYTES = 256 * 2**20  # of the file that is read at once; a few vectors of 
 
 
 class MemoryBasis:
-    """Vectors in one tensor, on the CPU or another device; with a path, they can be kept for another run."""
+    """Vectors in one tensor, where they are used or on the CPU; with a path, they can be kept for another run."""
 
-    def __init__(self, num: int, size: int, path: Path | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num: int,
+        size: int,
+        path: Path | None = None,
+        device: torch.device | str = "cpu",
+        home: torch.device | str | None = None,
+    ) -> None:
         """Take the memory.
 
         Args:
             num: Vectors at most.
             size: Entries of each.
             path: Where `flush` writes; None keeps nothing.
-            device: Where.
+            device: Where vectors are used.
+            home: Where they lie; None means there too. From elsewhere, `blocks` brings some at a time.
         """
-        self.rows = torch.zeros(num, size, dtype=torch.float64, device=device)
+        self.device = torch.device(device)
+        self.rows = torch.zeros(num, size, dtype=torch.float64, device=device if home is None else home)
+        self._num_at_once = num if home is None else _rows_at_once(num, size)
         self._file = None if path is None else _VectorFile(path, size)
         self._num_set = self._num_kept = 0
 
     def __getitem__(self, row: int) -> Float64[Tensor, " parameter"]:
         """One vector."""
-        return self.rows[row]
+        return self.rows[row].to(self.device)
 
     def __setitem__(self, row: int, vector: Float64[Tensor, " parameter"]) -> None:
         """Keep one vector; they come in order."""
@@ -44,13 +54,14 @@ class MemoryBasis:
             num: How many.
 
         Yields:
-            All of them at once.
+            All of them at once where they lie on the device, else as many as ``BLOCK_BYTES`` hold, at least one.
         """
-        yield self.rows[:num]
+        for start in range(0, num, self._num_at_once):
+            yield self.rows[start : min(start + self._num_at_once, num)].to(self.device)
 
     def first(self, num: int) -> Float64[Tensor, "step parameter"]:
-        """The first vectors, all at once."""
-        return self.rows[:num]
+        """The first vectors, all at once: they must fit on the device."""
+        return self.rows[:num].to(self.device)
 
     def load(self, num: int) -> bool:
         """Go on from what another run has kept.
@@ -99,7 +110,7 @@ class DiskBasis:
         """
         self.size, self.device = size, torch.device(device)
         self._file = _VectorFile(path, size)
-        self._buffer = np.empty((min(num, max(1, BLOCK_BYTES // (8 * size))), size))
+        self._buffer = np.empty((_rows_at_once(num, size), size))
 
     def __getitem__(self, row: int) -> Float64[Tensor, " parameter"]:
         """One vector."""
@@ -181,6 +192,10 @@ class _VectorFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _rows_at_once(num: int, size: int) -> int:
+    return max(1, min(num, BLOCK_BYTES // (8 * size)))
 
 
 Basis = MemoryBasis | DiskBasis

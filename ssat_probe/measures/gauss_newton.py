@@ -1,6 +1,6 @@
 """Gauss-Newton matrix JᵀHJ of a loss: positive semi-definite, with the analytic Hessian H of the output loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,27 @@ def squared_error_output(predicted: Tensor, weight: Tensor | float) -> Output:
         For `gauss_newton`.
     """
     return Output(predicted, lambda deviation, _: (weight * deviation.square()).sum())
+
+
+def weighted_sum(parts: Sequence[tuple[float, Output]]) -> Output:
+    """Output under a weighted sum of losses; its Hessian has that of each loss on the diagonal, and nothing beside.
+
+    Args:
+        parts: Weight in the sum and output of each loss; every output begins with the axis of the images.
+
+    Returns:
+        For `gauss_newton`: one row per image, the outputs side by side.
+    """
+    shapes = [part.values.shape[1:] for _, part in parts]
+    sizes = [shape.numel() for shape in shapes]
+
+    def half_square(deviation: Tensor, values: Tensor) -> Tensor:
+        split = zip(deviation.split(sizes, 1), values.split(sizes, 1), shapes, strict=True)
+        apart = [[one.unflatten(1, shape) for one in both] for *both, shape in split]
+        terms = [weight * part.half_square(*own) for (weight, part), own in zip(parts, apart, strict=True)]
+        return torch.stack(terms).sum()
+
+    return Output(torch.cat([part.values.flatten(1) for _, part in parts], dim=1), half_square)
 
 
 def gauss_newton(

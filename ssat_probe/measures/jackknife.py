@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ssat_probe.measures.basis import combined
 from ssat_probe.measures.hessian import HessianOperator
-from ssat_probe.measures.lanczos import Krylov, ritz
+from ssat_probe.measures.lanczos import Krylov
 from ssat_probe.measures.processes import gathered
+from ssat_probe.measures.quadrature import is_atom
 
 NUM_VECTORS = 5  # Ritz vectors at either end that may mix where a batch is left out; ours, no source
 NUM_HELD = 2 * NUM_VECTORS + 5  # vectors alive at once: these, the start's remainder, its three functions, an image
@@ -114,8 +115,9 @@ def _places(krylov: Krylov, num_vectors: int) -> list[int]:
 def _split(krylov: Krylov, num_vectors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """Ritz values, their coefficients, those of what is left of the start vector, and which are taken out of it."""
     values, coefficients = np.linalg.eigh(krylov.matrix)
-    converged = ritz(krylov).converged
-    taken = [place for place in _places(krylov, num_vectors) if converged[place]]
+    # one eigenvector each: a Ritz vector that stands for a whole null space is most of the start vector
+    single = is_atom(krylov)
+    taken = [place for place in _places(krylov, num_vectors) if single[place]]
     rest = coefficients[0].copy()  # the start vector in terms of Ritz vectors
     rest[taken] = 0
     length = float(np.linalg.norm(rest))

@@ -93,7 +93,7 @@ class LanczosRun:
         precision: float = 2.0**-52,
         device: torch.device | str = "cpu",
         folder: Path | None = None,
-        is_on_disk: bool = False,
+        home: str = "device",
         key: str = "",
         is_new: bool = False,
     ) -> None:
@@ -107,7 +107,7 @@ class LanczosRun:
             precision: Machine epsilon of the products; decides when a residual is rounding.
             device: Where vectors are used.
             folder: Where `save` puts the state; None if the run is not to be gone on with.
-            is_on_disk: Keep the basis in a file of the folder instead of in memory.
+            home: Where the basis lies: device, cpu, or disk, in a file of the folder.
             key: Of everything that the products depend on; a state with another key is not gone on from.
             is_new: Begin even where there is a state to go on from.
 
@@ -128,10 +128,10 @@ class LanczosRun:
         self._state = None if folder is None else folder / "lanczos.json"
         path = None if folder is None else folder / "basis.float64"
         self.basis: Basis
-        if is_on_disk and path is not None:
+        if home == "disk" and path is not None:
             self.basis = DiskBasis(self.steps, size, path, device)
         else:
-            self.basis = MemoryBasis(self.steps, size, path, device)
+            self.basis = MemoryBasis(self.steps, size, path, device, "cpu" if home == "cpu" else None)
         if is_new or not self._load():
             vector = _gaussian(size, self._generator, device) if start is None else start.to(device, torch.float64)
             if not 0 < float(vector.norm()) < float("inf"):

@@ -111,16 +111,24 @@ class Room:
     "Images that share one graph."
     is_cached: bool
     "Whether the graphs of all images fit at once."
-    is_on_disk: bool
-    "Whether the Lanczos basis lies in a file."
+    home: str
+    "Where the Lanczos basis lies: device, cpu (main memory, where the device has its own) or disk."
     num_bytes: int
-    "What all of it will take."
+    "What all of it will take on the device."
     max_chunk: int = 1
     "Vectors per product that fit."
 
 
 def room(
-    max_bytes: int, size: int, num_vectors: int, needs: Need, num_images: int, batch_size: int, *, taken: int = 0
+    max_bytes: int,
+    size: int,
+    num_vectors: int,
+    needs: Need,
+    num_images: int,
+    batch_size: int,
+    *,
+    taken: int = 0,
+    has_own_memory: bool = False,
 ) -> Room:
     """Divide a budget between vectors, Lanczos basis and graphs.
 
@@ -132,16 +140,19 @@ def room(
         num_images: In all.
         batch_size: Images that share a graph at most.
         taken: Bytes for dense matrices and other vectors.
+        has_own_memory: Whether the device is none of the CPU, whose memory then has the same budget once more.
 
     Returns:
-        The largest micro-batch that fits, the basis in memory if it takes at most half the budget.
+        The largest micro-batch that fits, the basis on the device if it takes at most half the budget, else in main
+        memory if that is another one and has room for it, else on disk.
 
     Raises:
         ValueError: If not even one image fits; says what would.
     """
     vectors, basis = 8 * VECTORS * size, 8 * num_vectors * size
-    is_on_disk = basis > max_bytes // 2
-    fixed = taken + vectors + (min(BLOCK_BYTES + 8 * size, basis) if is_on_disk else basis)
+    is_here = basis <= max_bytes // 2
+    home = "device" if is_here else "cpu" if has_own_memory and basis <= max_bytes else "disk"
+    fixed = taken + vectors + (basis if is_here else min(BLOCK_BYTES + 8 * size, basis))
     batch_size = min(batch_size, num_images)
     fitting = [num for num in range(1, batch_size + 1) if fixed + needs.of(num) <= max_bytes]
     if not fitting:
@@ -154,6 +165,7 @@ def room(
     all_graphs = int(MARGIN * (num_graphs * max(needs.fixed, 0) + num_images * needs.per_image))
     is_cached = fixed + all_graphs <= max_bytes
     num_bytes = fixed + (all_graphs if is_cached else needs.of(micro_batch))
-    per_vector = vectors + (0 if is_on_disk else basis) + needs.of(micro_batch)
+    per_vector = vectors + (basis if is_here else 0) + needs.of(micro_batch)
     max_chunk = 1 + (max_bytes - num_bytes) // per_vector
-    return Room(micro_batch, is_cached, is_on_disk, num_bytes, max_chunk)
+    max_chunk = min(max_chunk, max_bytes // basis) if home == "cpu" else max_chunk
+    return Room(micro_batch, is_cached, home, num_bytes, max_chunk)

@@ -70,8 +70,8 @@ class Settings:
     "Of all that the products depend on."
     chunk: int = 0
     "Start vectors whose runs go in lock-step; 0 means one at a time."
-    is_on_disk: bool = False
-    "Whether Lanczos vectors lie in a file."
+    home: str = "device"
+    "Where Lanczos vectors lie: device, cpu or disk."
 
 
 def rows_of(
@@ -167,19 +167,33 @@ def _runs(
     together = max(settings.chunk, 1)
     with operator, ExitStack() as stack:
         folder = settings.folder
-        if folder is None and settings.is_on_disk:
+        if folder is None and settings.home == "disk":
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="ssat-probe-")))
         for first in range(0, settings.probes, together):
-            runs = [_run(operator, settings, folder, probe) for probe in range(settings.probes)[first:][:together]]
-            for run in runs:
-                stack.callback(run.close)
-                operator.num_products += run.num_steps  # those before an interruption
-            _finish(runs, operator, settings, noise, first * settings.steps)
-            krylovs += [run.krylov() for run in runs]
-            if on_first is not None and first == 0:
-                operator.release()
-                on_first(runs[0].krylov(with_basis=True))
+            some = range(first, min(first + together, settings.probes))
+            krylovs += _runs_together(some, operator, settings, folder, noise, on_first if first == 0 else None)
     return krylovs
+
+
+def _runs_together(
+    probes: range,
+    operator: HessianOperator,
+    settings: Settings,
+    folder: Path | None,
+    noise: float,
+    on_first: Callable[[Krylov], None] | None,
+) -> list[Krylov]:
+    """Runs in lock-step; their bases are gone when it returns."""
+    with ExitStack() as stack:
+        runs = [_run(operator, settings, folder, probe) for probe in probes]
+        for run in runs:
+            stack.callback(run.close)
+            operator.num_products += run.num_steps  # those before an interruption
+        _finish(runs, operator, settings, noise, probes.start * settings.steps)
+        if on_first is not None:
+            operator.release()
+            on_first(runs[0].krylov(with_basis=True))
+        return [run.krylov() for run in runs]
 
 
 def _run(operator: HessianOperator, settings: Settings, folder: Path | None, probe: int) -> LanczosRun:
@@ -188,7 +202,7 @@ def _run(operator: HessianOperator, settings: Settings, folder: Path | None, pro
     if own is not None:
         own.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "folder": own}
-    options |= {"is_on_disk": settings.is_on_disk, "seed": settings.seed + 1_000_003 * probe}
+    options |= {"home": settings.home, "seed": settings.seed + 1_000_003 * probe}
     run = LanczosRun(operator.size, settings.steps, key=settings.key, **options)
     if operator.is_sharded and len(set(gathered([run.num_steps]))) > 1:  # interrupted between one save and the next
         run.close()

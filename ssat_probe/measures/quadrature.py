@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from scipy import optimize, stats
 from scipy.special import ndtr
 
@@ -147,12 +147,32 @@ class Deflated:
         return float(self.num_rest**2 * 2 / (self.num_rest + 2) * spread)
 
 
+def is_atom(krylov: Krylov) -> Bool[np.ndarray, " step"]:
+    """Which Ritz values are known to be one eigenvalue each.
+
+    Their residual has converged, they are not zero, and their weight is one that a simple eigenvalue has (values that
+    coincide are judged together; multiple ones keep their random weight, which counts them right on average).
+
+    Args:
+        krylov: The run.
+
+    Returns:
+        In the order of `ritz`, ascending; all of them if the run spans the whole space.
+    """
+    found = ritz(krylov)
+    if len(found.values) == krylov.size:
+        return np.ones_like(found.converged)
+    reach = np.add.outer(found.residuals, found.residuals)
+    is_same = (np.abs(np.subtract.outer(found.values, found.values)) <= reach) & found.converged
+    is_simple = krylov.size * (is_same @ found.weights) < _ONE_FOLD * is_same.sum(axis=1)
+    chosen = found.converged & is_simple & (np.abs(found.values) > 10 * krylov.rounding)
+    if found.weights[~chosen].sum() < 1e-9:  # nothing is left to estimate the rest from
+        return np.zeros_like(chosen)
+    return np.asarray(chosen)
+
+
 def deflated(krylov: Krylov) -> Deflated:
     """Atoms and remaining quadrature of a run.
-
-    An eigenvalue becomes an atom when its residual has converged, it is not zero, and its weight is one that a simple
-    eigenvalue has (values that coincide are judged together; multiple ones keep their random weight, which counts them
-    right on average).
 
     Args:
         krylov: The run.
@@ -163,21 +183,12 @@ def deflated(krylov: Krylov) -> Deflated:
     References:
         Bhattacharjee et al. (2024), https://arxiv.org/abs/2410.21690, variance-reduced stochastic Lanczos quadrature.
     """
-    found = ritz(krylov)
-    if len(found.values) == krylov.size:  # everything is known
-        is_atom = np.ones_like(found.converged)
-    else:
-        reach = np.add.outer(found.residuals, found.residuals)
-        is_same = (np.abs(np.subtract.outer(found.values, found.values)) <= reach) & found.converged
-        is_simple = krylov.size * (is_same @ found.weights) < _ONE_FOLD * is_same.sum(axis=1)
-        is_atom = found.converged & is_simple & (np.abs(found.values) > 10 * krylov.rounding)
-        if found.weights[~is_atom].sum() < 1e-9:  # nothing is left to estimate the rest from
-            is_atom = np.zeros_like(is_atom)
-    rest = found.weights[~is_atom]
+    found, atoms = ritz(krylov), is_atom(krylov)
+    rest = found.weights[~atoms]
     return Deflated(
-        found.values[is_atom],
-        found.weights[is_atom],
-        found.values[~is_atom],
+        found.values[atoms],
+        found.weights[atoms],
+        found.values[~atoms],
         rest / max(rest.sum(), 1e-300),
         krylov.size,
     )

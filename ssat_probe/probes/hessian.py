@@ -44,9 +44,9 @@ class Probe:
     params: tuple[str, ...] = ()
     "Patterns of the parameters looked at, as 'blocks.5.*' or '*.attn.q.*'; none means all."
     matrix: str = "hessian"
-    "hessian, or gauss_newton: its positive semi-definite part."
+    "hessian, or gauss_newton: its positive semi-definite part, for any of the losses."
     memory: float = 2.0
-    "GiB for graphs, Lanczos vectors and dense matrices, beside model and images; vectors that do not fit lie on disk."
+    "GiB on the device, beside model and images; Lanczos vectors that do not fit lie on the CPU, or else on disk."
     mode: str = "auto"
     "How products are made: cached, fresh, batched (several start vectors at once), or auto: the fastest, measured."
     until: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ class Probe:
             folder=folder,
             key=key,
             chunk=mode.chunk,
-            is_on_disk=space.is_on_disk,
+            home=space.home,
         )
         if self.compare:
             rows = compared(self.compare, operator, certificate, evaluation, settings)
@@ -229,6 +229,7 @@ class Probe:
     def _check(self) -> None:
         """Refuse options that are out of range, before anything is computed."""
         from ssat_probe.measures.methods import METHODS
+        from ssat_probe.measures.mode import MODES
         from ssat_probe.measures.processes import place
         from ssat_probe.measures.stopping import until
 
@@ -236,6 +237,7 @@ class Probe:
             until(text)
         known(self.loss, LOSSES, "losses")
         known(self.matrix, MATRICES, "matrices")
+        known(self.mode, MODES, "modes")
         for method in (self.method, *self.compare):
             known(method, METHODS, "methods")
         for name, least in (("steps", 2), ("probes", 1)):
@@ -249,10 +251,6 @@ class Probe:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}. Take the default.")
         if self.matrix == "gauss_newton" and self.l2:
             raise ValueError("The L2 term goes with the matrix hessian only, got 'gauss_newton'. Leave --l2 out.")
-        if self.matrix == "gauss_newton" and self.loss != "cross_entropy":
-            raise ValueError(
-                f"The Gauss-Newton matrix must be of the loss cross_entropy, got {self.loss!r}. Take --matrix hessian."
-            )
         alone = sorted({"batches", "pyhessian"} & {self.method, *self.compare})
         if place()[1] > 1 and alone:
             raise ValueError(
@@ -261,6 +259,11 @@ class Probe:
             )
         if self.matrix == "gauss_newton" and {"pyhessian"} & {self.method, *self.compare}:
             raise ValueError("PyHessian knows the matrix hessian only, got 'gauss_newton'. Leave pyhessian out.")
+        if self.vectors is not None and str(self.vectors).isdigit():
+            raise ValueError(
+                "--vectors must be a folder, in which two eigenvectors of each end are kept, got "
+                f"{self.vectors}, which looks like a number of them. Name a folder, as in --vectors eigenvectors."
+            )
         is_whole = self.method == "lanczos" and self.matrix == "hessian" and not (self.compare or self.params)
         if self.vectors is not None and (not is_whole or self.steps < 4):
             raise ValueError(

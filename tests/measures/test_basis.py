@@ -1,7 +1,9 @@
 """Vectors in memory and in a file behave alike, and a file is not held in memory."""
 
 import tracemalloc
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from ssat_probe.measures.basis import Basis, DiskBasis, MemoryBasis, combined, o
 SIZE = 101
 
 
-def made(kind: type, path: Path, num: int = 13) -> Basis:
+def made(kind: Any, path: Path, num: int = 13) -> Basis:
     return kind(num, SIZE, path / "basis")
+
+
+ApartBasis = partial(MemoryBasis, home="cpu")  # as for a device with a memory of its own
 
 
 def vectors(num: int = 13) -> torch.Tensor:
@@ -22,7 +27,7 @@ def vectors(num: int = 13) -> torch.Tensor:
     return torch.linalg.qr(rows)[0].T.contiguous()
 
 
-@pytest.mark.parametrize("kind", [MemoryBasis, DiskBasis])
+@pytest.mark.parametrize("kind", [MemoryBasis, ApartBasis, DiskBasis])
 def test_what_was_put_in_comes_out_bit_by_bit(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 8 * SIZE * 5)
     basis, rows = made(kind, tmp_path), vectors()
@@ -34,7 +39,7 @@ def test_what_was_put_in_comes_out_bit_by_bit(kind, tmp_path, monkeypatch):
     basis.close()
 
 
-@pytest.mark.parametrize("kind", [MemoryBasis, DiskBasis])
+@pytest.mark.parametrize("kind", [MemoryBasis, ApartBasis, DiskBasis])
 def test_combinations_of_vectors_wherever_they_lie(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 8 * SIZE * 5)
     basis, rows = made(kind, tmp_path), vectors()
@@ -45,19 +50,28 @@ def test_combinations_of_vectors_wherever_they_lie(kind, tmp_path, monkeypatch):
     basis.close()
 
 
-@pytest.mark.parametrize("kind", [MemoryBasis, DiskBasis])
+@pytest.mark.parametrize("kind", [MemoryBasis, ApartBasis, DiskBasis])
 def test_another_basis_goes_on_from_what_was_flushed(kind, tmp_path):
     basis, rows = made(kind, tmp_path), vectors()
     for place in range(5):
         basis[place] = rows[place]
     basis.flush()
     basis.close()
-    for other in (MemoryBasis, DiskBasis):
+    for other in (MemoryBasis, ApartBasis, DiskBasis):
         again = made(other, tmp_path)
         assert again.load(5)
         assert not again.load(6)
         assert torch.equal(again.first(5), rows[:5])
         again.close()
+
+
+def test_vectors_that_lie_elsewhere_come_a_block_at_a_time_to_where_they_are_used(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 8 * SIZE * 5)
+    basis = MemoryBasis(13, SIZE, device="meta", home="cpu")  # a device that computes nothing
+    assert basis.rows.device.type == "cpu"
+    assert {basis[3].device.type, basis.first(7).device.type} == {"meta"}
+    blocks = list(basis.blocks(12))
+    assert [(len(block), block.device.type) for block in blocks] == [(5, "meta"), (5, "meta"), (2, "meta")]
 
 
 def test_memory_alone_keeps_nothing():
@@ -68,7 +82,7 @@ def test_memory_alone_keeps_nothing():
     basis.close()
 
 
-@pytest.mark.parametrize("kind", [MemoryBasis, DiskBasis])
+@pytest.mark.parametrize("kind", [MemoryBasis, ApartBasis, DiskBasis])
 def test_orthogonal_part_is_orthogonal_also_of_what_nearly_lies_inside(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 8 * SIZE * 5)
     basis, rows = made(kind, tmp_path), vectors(14)

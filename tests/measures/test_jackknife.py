@@ -124,6 +124,25 @@ class TestAgainstBruteForce:
             found.append(data_errors(problem.operator, krylov).errors["trace"])
         assert np.sqrt(np.mean(np.square(found))) > true
 
+    @pytest.mark.parametrize("tail", [0.0, 1e-12])
+    def test_a_null_space_is_no_eigenvector_to_be_taken_out(self, tail):
+        # a Gauss-Newton matrix: low rank; its Ritz value at zero converges, and stands for nearly all directions
+        generator = np.random.default_rng(4)
+        size = 400
+        scales = torch.from_numpy(np.array([9.0, 4.0, 1.0]) ** 0.5)
+        factors = [
+            torch.from_numpy(generator.normal(0, 0.02, (8, 3, size))) + torch.eye(3, size) * scales[:, None]
+            for _ in range(9)
+        ]
+        parts = [factor.transpose(1, 2) @ factor + tail * torch.eye(size) for factor in factors]
+        problem = Quadratic(parts)
+        true = brute_force([one.mean(0).numpy() for one in parts], [8] * 9)["trace"]
+        found = []
+        for seed in range(20):
+            krylov = lanczos(problem.operator.product, size, 20, seed=seed, precision=2.0**-23, with_basis=True)
+            found.append(data_errors(problem.operator, krylov).errors["trace"])
+        assert true < np.sqrt(np.mean(np.square(found))) < 4 * true
+
 
 def test_nominal_intervals_over_the_data_cover_the_truth():
     """Images drawn anew each time; 95 % t intervals with one degree of freedom fewer than batches."""

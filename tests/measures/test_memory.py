@@ -93,7 +93,7 @@ class TestRoom:
 
     def test_vit_tiny_with_80_steps_lies_on_disk_and_is_cut(self):
         found = room(2 * GIB, 5_350_282, 80, self.needs, 512, 128)
-        assert found.is_on_disk
+        assert found.home == "disk"
         assert not found.is_cached
         assert 20 < found.micro_batch < 60
         assert found.num_bytes <= 2 * GIB
@@ -104,8 +104,33 @@ class TestRoom:
         found = room(40 * GIB, 5_350_282, 80, self.needs, 512, 128)
         assert found.micro_batch == 128
         assert found.is_cached
-        assert not found.is_on_disk
+        assert found.home == "device"
         assert found.num_bytes > 512 * self.needs.per_image
+
+    @pytest.mark.parametrize(
+        ("own", "gib", "home"),
+        [
+            (True, 8, "device"),
+            (True, 6, "cpu"),
+            (True, 4, "cpu"),
+            (True, 3, "disk"),
+            (False, 8, "device"),
+            (False, 6, "disk"),
+        ],
+    )
+    def test_vectors_lie_on_the_device_or_the_cpu_or_on_disk_as_the_budget_says(self, own, gib, home):
+        found = room(gib * GIB, 5_350_282, 80, self.needs, 512, 128, has_own_memory=own)  # 3.19 GiB of vectors
+        assert found.home == home
+        assert found.num_bytes <= gib * GIB
+
+    def test_vectors_on_the_cpu_keep_the_budget_there_too(self):
+        size, num = 5_350_282, 20
+        found = room(int(1.5 * GIB), size, num, Need(0, 2**10), 512, 128, has_own_memory=True)
+        assert found.home == "cpu"
+        assert 1 <= found.max_chunk <= 1.5 * GIB / (8 * size * num)
+        bound = room(100 * GIB, size, num, Need(0, 2**10), 512, 128, has_own_memory=True)
+        assert bound.home == "device"
+        assert bound.num_bytes + (bound.max_chunk - 1) * 8 * size * num <= 100 * GIB
 
     @pytest.mark.parametrize("gib", [1.0, 1.5, 3.0, 7.0, 20.0])
     def test_budget_is_kept(self, gib):

@@ -1,5 +1,7 @@
 """The ways to a spectrum side by side, on a small network whose Hessian is known."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ssat_probe.measures.basis import DiskBasis, MemoryBasis
 from ssat_probe.measures.certificate import certify
 from ssat_probe.measures.directions import eigenvectors
 from ssat_probe.measures.hessian import Evaluation, HessianOperator, dense
-from ssat_probe.measures.lanczos import Krylov
+from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
 from ssat_probe.measures.stopping import Until
@@ -155,10 +157,10 @@ class TestGoingOn:
     def at_every_step(self, monkeypatch):
         monkeypatch.setattr(methods, "SAVE_EVERY_S", 0.0)
 
-    @pytest.mark.parametrize("is_on_disk", [False, True])
+    @pytest.mark.parametrize("home", ["device", "cpu", "disk"])
     @pytest.mark.parametrize("after", [1, 7, 18, 19, 24])
-    def test_an_interrupted_run_goes_on_bit_by_bit(self, operator, tmp_path, after, is_on_disk):
-        places = {"is_on_disk": is_on_disk, "key": "a"}
+    def test_an_interrupted_run_goes_on_bit_by_bit(self, operator, tmp_path, after, home):
+        places = {"home": home, "key": "a"}
         whole, num = rows_and_steps(operator, folder=tmp_path / "whole", **places)
         interrupted(operator, after, folder=tmp_path / "cut", **places)
         again, rest = rows_and_steps(operator, folder=tmp_path / "cut", **places)
@@ -190,6 +192,22 @@ class TestGoingOn:
         _, num = rows_and_steps(operator, folder=tmp_path)
         assert num == 38
 
+    def test_bases_of_runs_that_are_done_take_no_memory(self, operator, monkeypatch):
+        made: weakref.WeakSet[LanczosRun] = weakref.WeakSet()
+        counts: list[int] = []
+
+        class Counted(LanczosRun):
+            def __init__(self, *args: object, **options: object) -> None:
+                super().__init__(*args, **options)
+                made.add(self)
+
+        monkeypatch.setattr(methods, "LanczosRun", Counted)
+        certificate, evaluation = certify(operator), operator.evaluate()
+        settings = Settings(steps=4, probes=6, chunk=2, on_step=lambda _: counts.append(len(made)))
+        rows_of("lanczos", operator, certificate, evaluation, settings)
+        assert len(counts) == 12
+        assert set(counts) == {2}
+
     def test_a_basis_on_disk_lies_in_a_temporary_folder_and_changes_no_number(self, operator, tmp_path, monkeypatch):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         seen: set[str] = set()
@@ -204,7 +222,7 @@ class TestGoingOn:
             kept.append(krylov)
             spectra.append(torch.stack([one.vector for end in eigenvectors(krylov, 2) for one in end]).numpy())
 
-        there, _ = rows_and_steps(operator, is_on_disk=True, on_step=look, jackknife=True, on_run=keep)
+        there, _ = rows_and_steps(operator, home="disk", on_step=look, jackknife=True, on_run=keep)
         here, _ = rows_and_steps(operator, jackknife=True, on_run=keep)
         np.testing.assert_equal(there, here)
         np.testing.assert_equal(*spectra)

@@ -302,6 +302,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"{option} must be at least {value + 1}, got {value}"):
             hessian.Probe(**{option: value}).measure(subject)
 
+    def test_an_unknown_mode_is_named_before_anything_is_computed(self, subject):
+        seen = len(subject.terms)
+        with pytest.raises(ValueError, match="No 'quick' in modes: auto, cached, fresh, batched"):
+            hessian.Probe(mode="quick").measure(subject)
+        assert len(subject.terms) == seen
+
+    def test_a_number_of_eigenvectors_is_not_taken_for_a_folder(self, subject):
+        with pytest.raises(ValueError, match=r"--vectors must be a folder, .* got 2, which looks like a number"):
+            hessian.Probe(vectors=Path("2")).measure(subject)
+
     def test_limits_of_an_exact_spectrum(self, subject):
         with pytest.raises(ValueError, match="most_seconds must be more than 0 s, got 0"):
             hessian.Probe(method="exact", most_seconds=0.0).measure(subject)
@@ -342,7 +352,7 @@ class TestRunControl:
 
     def test_a_basis_that_lies_on_disk_takes_no_error_away(self, subject):
         found = hessian.Probe(steps=STEPS, memory=1.1e-3).measure(subject)
-        assert found.attrs["memory"]["is_on_disk"]
+        assert found.attrs["memory"]["home"] == "disk"
         rows = found[found["quantity"].isin(["lambda_max", "lambda_min", "trace", "negative_energy"])]
         assert (rows["data_error"] > 0).all()
 
