@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ _MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention operation of one forward pass."""
+    """One attention operation of one forward pass, or a chunk of its queries."""
 
     block: int
     "Transformer block, 0 next to the input."
@@ -38,6 +38,8 @@ class Attention:
     "Queries of the whole operation."
     place: Place | str = "the block was not seen"
     "Where the block stands, or the sentence that says why nobody knows."
+    kind: Literal["fused", "plain", "module"] = "plain"
+    "``F.scaled_dot_product_attention``, a softmax of its own, or ``nn.MultiheadAttention``."
 
     def part(self, queries: slice, keys: slice) -> "Attention":
         """What this chunk holds of some queries and keys.
@@ -167,7 +169,9 @@ class AttentionWatch(TorchFunctionMode):
                 scores = scores if mask.dtype == torch.bool else scores + mask
             if is_valid is not None:
                 scores = scores.masked_fill(~is_valid, -torch.inf)
-            seen = Attention(block, self.callers[-1], scores, True, is_valid, queries.start, query.shape[2])
+            seen = Attention(
+                block, self.callers[-1], scores, True, is_valid, queries.start, query.shape[2], kind="fused"
+            )
             if self._is_checked:
                 self._check(seen, value, result[:, :, queries])
             self._errors.setdefault(block, math.nan)
@@ -202,7 +206,7 @@ class AttentionWatch(TorchFunctionMode):
         assert weights is not None
         weights = weights if weights.ndim == 4 else weights[None]
         is_valid = _allowed(weights, given.get("attn_mask"), given.get("key_padding_mask"))
-        seen = Attention(block, self.callers[-1], _wide(weights), False, is_valid)
+        seen = Attention(block, self.callers[-1], _wide(weights), False, is_valid, kind="module")
         if self._is_checked:
             self._compare(seen, output, result, 64 * torch.finfo(result.dtype).eps * float(output.abs().max() + 1))
         self._hand_over(seen)
@@ -211,8 +215,10 @@ class AttentionWatch(TorchFunctionMode):
         """Compare weights @ values with what the operation returned."""
         weights = seen.rows.softmax(-1).nan_to_num(nan=0.0)  # rows without a valid key
         largest = seen.rows.masked_fill(seen.rows.isneginf(), 0).abs().max()
-        # Rounding of the scores enters the weights in proportion to the scores' size.
-        tolerance = torch.finfo(result.dtype).eps * float((16 + 4 * largest) * value.abs().max())
+        # Rounding of the scores enters the weights in proportion to the scores' size. That of the two sums over the
+        # keys is at most keys * ε / 2 each (Higham, 2002, Sec. 3.1), and is reached where all values are alike.
+        keys = seen.rows.shape[3]
+        tolerance = torch.finfo(result.dtype).eps * float((16 + 4 * largest + keys) * value.abs().max())
         self._compare(seen, weights @ value.to(weights.dtype), result, tolerance)
 
     def _compare(self, seen: Attention, ours: Tensor, result: Tensor, tolerance: float) -> None:
