@@ -122,6 +122,8 @@ def blocks_with(model: nn.Module, queries: str) -> tuple[int, ...]:
             f"queries 'cls' needs a model with a class token, got a {type(model).__name__} without. "
             "Use queries 'patch' or 'all'."
         )
+    if queries == "cls":
+        return tuple(block.index for block in found if num_prefix_tokens(model, block.stage))
     return tuple(block.index for block in found if block.has_patches or queries == "all")
 
 
@@ -134,28 +136,27 @@ def has_class_token(model: nn.Module) -> bool:
     Returns:
         True if so.
     """
-    return any(getattr(model, name, None) is not None for name in ("cls_token", "class_token"))
+    holders = [model, *(child for name, child in model.named_children() if name.startswith("stage"))]
+    return any(getattr(holder, name, None) is not None for holder in holders for name in ("cls_token", "class_token"))
 
 
-def num_prefix_tokens(model: nn.Module) -> int:
+def num_prefix_tokens(model: nn.Module, stage: int = 0) -> int:
     """Number of tokens in front of the patch tokens in the blocks: class, distillation and register tokens.
 
     Args:
-        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do, or has or lacks a class token as
-            torchvision's and as hierarchical models.
+        model: Says so in ``num_prefix_tokens``, as timm's Vision Transformers do, or stage by stage, as CvT, in whose
+            last one a class token joins; or has or lacks a class token as torchvision's and as hierarchical models.
+        stage: 0 next to the input.
 
     Returns:
         0 or more; 0 where the class token joins in class attention alone.
 
     Raises:
-        ValueError: If the model does not say, or says that it differs from stage to stage.
+        ValueError: If the model does not say.
     """
     count = getattr(model, "num_prefix_tokens", None)
     if isinstance(count, tuple):
-        raise ValueError(
-            f"As many tokens must precede the patches in all blocks, got {', '.join(map(str, count))} in the stages of "
-            f"{type(model).__module__.split('.')[-1]}; choose a probe that does not look at tokens (accuracy, hessian)."
-        )
+        return int(count[stage])
     if not isinstance(count, int):
         names = {name for name in ("cls_token", "class_token") if hasattr(model, name)}
         if not names and not _is_hierarchical(model):

@@ -9,7 +9,7 @@ hands every block's attention to ``reduce``, one at a time, whichever kernel com
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,14 +122,14 @@ def features(
     by_place: dict[tuple[int, str], Site] = {(site.block, site.name): site for site in sites(model)}
     grids: dict[Site, tuple[int, int]] = {}
     counts: Counter[Site] = Counter()
-    first = 0 if with_prefix else num_prefix_tokens(model)
+    skipped = {block.stage: 0 if with_prefix else num_prefix_tokens(model, block.stage) for block in found}
 
     def take(site: Site, tokens: Any) -> None:
         if site.name == "attention" and counts[site]:
             return  # the later of second norm and MLP
         counts[site] += 1
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-        tokens = (tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)[:, first:]
+        tokens = (tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)[:, skipped[site.stage] :]
         if not tokens.isfinite().all():
             raise ValueError(
                 f"Features at site {site.name!r} of block {site.block} must be finite, got NaN or infinity. "
@@ -173,13 +173,14 @@ def _track(
     stack: ExitStack, model: nn.Module, found: Sequence[Block], note: Callable[[int, Place | str], None]
 ) -> None:
     """Say of each block, just before it runs, where it stands, or why nobody knows."""
-    tracker = Tracker(partial(geometry.grid, model), partial(num_prefix_tokens, model))
+    tracker, prefix_of = Tracker(partial(geometry.grid, model)), cache(partial(num_prefix_tokens, model))
     stack.callback(model.register_forward_pre_hook(lambda _, args: tracker.see_images(args)).remove)
     for block in found:
 
         def hook(_: nn.Module, args: tuple[Any, ...], block: Block = block) -> None:
             try:
-                note(block.index, tracker.see_block(block.name, block.module, block.attention, args))
+                prefix = prefix_of(block.stage)
+                note(block.index, tracker.see_block(block.name, block.module, block.attention, args, prefix))
             except ValueError as error:
                 note(block.index, str(error))
 

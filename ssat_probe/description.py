@@ -21,6 +21,9 @@ from ssat_probe.sample import Sample
 from ssat_probe.source import Source
 from ssat_probe.subject import Subject
 
+_KINDS = {"fused": "fused softmax", "plain": "plain softmax", "module": "torch's MultiheadAttention"}
+"What `capture.Attention` calls them."
+
 
 def describe(path: Path | str, sample: Sample = Sample(), source: Source = Source()) -> list[str]:
     """What a checkpoint is, in lines; runs the model on one image, and each probe up to its second pass.
@@ -79,12 +82,11 @@ def _parts(checkpoint: Checkpoint | Foreign, model: nn.Module) -> list[str]:
         f"  classes: {classes}",
     ]
     with suppress(ValueError):
-        prefix = capture.num_prefix_tokens(model)
         grid = getattr(model, "grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
         shown = "no grid"
         if grid:
             shown = f"grid {grid[0]} x {grid[1]} of patches {size[0] // grid[0]} x {size[1] // grid[1]}"
-        lines.append(f"  tokens: {shown}; {_groups(model, prefix)}")
+        lines.append(f"  tokens: {shown}; {_groups(model)}")
     return lines
 
 
@@ -92,16 +94,21 @@ def _short(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
 
 
-def _groups(model: nn.Module, num_prefix: int) -> str:
+def _groups(model: nn.Module) -> str:
     """Tokens before the patches, by kind; timm's order is class, distillation, registers."""
+    last = capture.sites(model)[-1].stage
+    num_prefix = capture.num_prefix_tokens(model, last)
+    if not num_prefix and capture.has_class_token(model):
+        return "0 before the patches (1 class, in class attention alone)"
     counts = {
-        "class": int(getattr(model, "cls_token", None) is not None),
+        "class": int(capture.has_class_token(model)),
         "distillation": int(getattr(model, "dist_token", None) is not None),
         "register": int(getattr(model, "num_reg_tokens", 0) or 0),
     }
     counts["other"] = num_prefix - sum(counts.values())
     named = [f"{number} {kind}" for kind, number in counts.items() if number > 0]
-    return f"{num_prefix} before the patches" + (f" ({', '.join(named)})" if named else "")
+    where = "" if capture.num_prefix_tokens(model) == num_prefix else " in the last stage"
+    return f"{num_prefix} before the patches{where}" + (f" ({', '.join(named)})" if named else "")
 
 
 def _attention(model: nn.Module, image: Tensor) -> list[str]:
@@ -118,7 +125,9 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
         kind = "scores" if one.has_scores else "weights alone"
         masked = "" if one.is_valid is None else ", masked"
         where = _where(one) if is_hierarchical else ""
-        seen[one.block] = f"{where}{heads} heads, {queries} queries x {keys} keys, {kind} visible{masked}"
+        many = "s" if heads > 1 else ""
+        seen[one.block] = f"{where}{heads} head{many}, {queries} queries x {keys} keys, {kind} visible{masked}"
+        seen[one.block] += f", {_KINDS[one.kind]}"
 
     try:
         with torch.no_grad(), capture.attention(model, reduce) as errors:
@@ -126,13 +135,12 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
     except ValueError as error:
         return [f"  attention: {len(blocks)} blocks; {error}"]
     for block, difference in errors.items():
-        seen[block] += ", product with the values not seen: unchecked" if math.isnan(difference) else ""
+        seen[block] += "; changed before it meets the values, so unchecked" if math.isnan(difference) else ""
     lines, start = [], 0
     for block in range(len(blocks)):
         if block + 1 == len(blocks) or seen[block + 1] != seen[start]:
-            fused = getattr(getattr(blocks[start], "attn", None), "fused_attn", None)
-            kind = "" if fused is None else ", fused softmax" if fused else ", plain softmax"
-            lines.append(f"  blocks {start} to {block}: {seen[start]}{kind}")
+            numbers = f"blocks {start} to {block}" if block > start else f"block {block}"
+            lines.append(f"  {numbers}: {seen[start]}")
             start = block + 1
     return lines
 
@@ -215,6 +223,10 @@ def _mib(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
+_ENOUGH = 16
+"Images in the sample of which the first is looked at: more than any probe asks for by default."
+
+
 class _EnoughError(Exception):
     """A probe has come through its first pass of the model."""
 
@@ -234,7 +246,7 @@ def probes_that_apply(path: Path | str, sample: Sample, source: Source) -> dict[
     for name in registry.names("probes"):
         probe = make(name)
         try:
-            subject = Subject.of(path, replace(sample, num_images=2, batch_size=1), probe.split, source)
+            subject = Subject.of(path, replace(sample, num_images=_ENOUGH, batch_size=1), probe.split, source)
             with _one_pass(subject.model):
                 probe.measure(subject)
         except _EnoughError:

@@ -73,19 +73,20 @@ def of(subject: Subject, mode: str, group: int, folder: Path | None = None) -> G
 
 
 def _measured(subject: Subject, mode: str, group: int) -> Grams:
-    prefix = _prefix(subject.model, mode)
-    sites = [site for site in capture.sites(subject.model) if site.name in ("embed", "mlp")]
+    sites = _sites(subject.model, mode)
+    prefixes = {site.stage: capture.num_prefix_tokens(subject.model, site.stage) for site in sites}
     waiting: dict[tuple[int, int], dict[int, Tensor]] = defaultdict(dict)
     grams: dict[tuple[int, int], Tensor] = {}
-    num_groups, num_tokens = subject.num_images // group, 0
+    num_groups = subject.num_images // group
+    num_tokens: dict[int, int] = {}
 
     def take(site: Site, tokens: Tensor, ids: Sequence[int]) -> None:
         """Keep features until a group is full, then its Gram alone."""
-        nonlocal num_tokens
         if site not in sites:
             return
-        patches = tokens[:, prefix:]
-        num_tokens = patches.shape[1]
+        patches = tokens[:, prefixes[site.stage] :]
+        num_tokens[site.block] = patches.shape[1]
+        _check_grids(num_tokens, mode)
         found = tokens[:, 0] if mode == "cls" else patches.mean(1) if mode == "gap" else patches
         for number, features in zip(ids, found.cpu().double(), strict=True):
             key = (site.block, number // group)
@@ -102,7 +103,7 @@ def _measured(subject: Subject, mode: str, group: int) -> Grams:
     values = torch.stack([torch.cat([grams[block, i] for i in range(num_groups)]) for block in blocks])
     times = values.shape[1] // num_groups
     ids = torch.arange(num_groups * group).unflatten(0, (num_groups, group)).repeat_interleave(times, 0)
-    return Grams(subject.fingerprint, subject.setting, blocks, num_tokens, values, ids)
+    return Grams(subject.fingerprint, subject.setting, blocks, num_tokens[blocks[-1]], values, ids)
 
 
 def _of_group(features: Tensor, mode: str) -> Float64[Tensor, "gram image image2"]:
@@ -115,12 +116,27 @@ def _of_group(features: Tensor, mode: str) -> Float64[Tensor, "gram image image2
     return torch.stack([centred_gram(features[images, (images + i) % num_tokens]) for i in shifts])
 
 
-def _prefix(model: nn.Module, mode: str) -> int:
-    if mode == "cls" and not (capture.has_class_token(model) and capture.num_prefix_tokens(model)):
+def _sites(model: nn.Module, mode: str) -> list[Site]:
+    """Before the first block and after each; in mode ``cls`` those where a class token is among the patches."""
+    sites = [site for site in capture.sites(model) if site.name in ("embed", "mlp")]
+    if mode != "cls":
+        return sites
+    having = [site for site in sites if capture.has_class_token(model) and capture.num_prefix_tokens(model, site.stage)]
+    if not having:
         raise ValueError(
             f"Mode 'cls' needs a model with a class token, got a {type(model).__name__} without. Use 'gap'."
         )
-    return capture.num_prefix_tokens(model)
+    return having
+
+
+def _check_grids(tokens: dict[int, int], mode: str) -> None:
+    """Mode ``token`` pairs positions of one block with those of another."""
+    if mode == "token" and len(set(tokens.values())) > 1:
+        found = ", ".join(str(count) for count in dict.fromkeys(tokens.values()))
+        raise ValueError(
+            f"CKA of mode 'token' needs one grid in all blocks, got {found} patch tokens from stage to stage. Use mode "
+            "'gap' or 'flatten'."
+        )
 
 
 def _file_name(subject: Subject, mode: str, group: int) -> str:

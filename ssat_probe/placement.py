@@ -10,6 +10,9 @@ from torch import Tensor, nn
 PATCH, PREFIX, PADDING = 0, 1, 2
 "Kinds of tokens."
 
+_QUERY_POOLS, _KEY_POOLS = ("pool_q", "conv_proj_q"), ("pool_k", "pool", "sr", "conv_proj_k")
+"What attention does to the grid of its queries and keys: MViT, PVT v2 (both forms), CvT."
+
 
 @dataclass(frozen=True)
 class Place:
@@ -130,8 +133,7 @@ def _partition(values: Tensor, size: tuple[int, int]) -> Tensor:
 def _whole(place: Place, queries: int, keys: int) -> Layout:
     """All patches at once; queries or keys on a coarser grid where the block pools them."""
     attention = place.attention
-    query_places = _centres(place, [getattr(attention, "pool_q", None)])
-    key_places = _centres(place, [getattr(attention, name, None) for name in ("pool_k", "pool", "sr")])
+    query_places, key_places = (_centres(place, _pools(attention, names)) for names in (_QUERY_POOLS, _KEY_POOLS))
     prefix = keys - len(key_places)
     if queries == prefix:  # class attention: the patches are keys alone
         query_places = query_places[:0]
@@ -141,6 +143,12 @@ def _whole(place: Place, queries: int, keys: int) -> Layout:
     places = [torch.cat([nowhere, one])[None] for one in (query_places, key_places)]
     kinds = [torch.where(one[..., 0].isnan(), PREFIX, PATCH) for one in places]
     return Layout(*kinds, *places, *(torch.zeros_like(one) for one in kinds))
+
+
+def _pools(attention: nn.Module | None, names: tuple[str, ...]) -> list[Any]:
+    """What an attention module does to its grid under some names; CvT's convolutions lie in a projection."""
+    found = [getattr(attention, name, None) for name in names]
+    return [getattr(pool, "conv", pool) for pool in found]
 
 
 def _centres(place: Place, pools: list[Any]) -> Tensor:
@@ -185,24 +193,26 @@ def output_grid(place: Place) -> tuple[int, int]:
     Returns:
         Those of its queries.
     """
-    pool = getattr(place.attention, "pool_q", None)
-    sides = [len(_pooled(torch.zeros(length), pool, axis)) for axis, length in enumerate(place.grid)]
+    sides = []
+    for axis, length in enumerate(place.grid):
+        centres = torch.zeros(length)
+        for pool in _pools(place.attention, _QUERY_POOLS):
+            centres = _pooled(centres, pool, axis)
+        sides.append(len(centres))
     return sides[0], sides[1]
 
 
 class Tracker:
     """Follows the grid of patches through the blocks of one forward pass."""
 
-    def __init__(self, grid_of: Callable[[tuple[int, int]], tuple[int, int]], num_prefix: Callable[[], int]) -> None:
+    def __init__(self, grid_of: Callable[[tuple[int, int]], tuple[int, int]]) -> None:
         """Before the forward pass.
 
         Args:
             grid_of: Rows and columns of patches of a model that is not hierarchical, by height and width of its
                 images; may raise a ValueError.
-            num_prefix: Tokens in front of the patches; may raise a ValueError.
         """
         self._grid_of = grid_of
-        self._num_prefix = num_prefix
         self._image: tuple[int, int, int] | None = None
         self._last: Place | None = None
 
@@ -218,7 +228,9 @@ class Tracker:
         if isinstance(images, Tensor) and images.ndim == 4:
             self._image = len(images), images.shape[2], images.shape[3]
 
-    def see_block(self, name: str, block: nn.Module, attention: nn.Module | None, args: tuple[Any, ...]) -> Place:
+    def see_block(
+        self, name: str, block: nn.Module, attention: nn.Module | None, args: tuple[Any, ...], num_prefix: int
+    ) -> Place:
         """Where a block stands that is about to run.
 
         Args:
@@ -226,6 +238,7 @@ class Tracker:
             block: The module.
             attention: Its attention.
             args: Of its forward.
+            num_prefix: Tokens in front of the patches.
 
         Returns:
             Its place; blocks run in the order of the forward pass.
@@ -242,7 +255,7 @@ class Tracker:
         grid = _grid_of_call(block, args) or self._grid_of((size[0], size[1]))
         before, stride = (size, (1, 1)) if self._last is None else (self._last.grid, self._last.stride)
         steps = [step * -(-old // new) for step, old, new in zip(stride, before, grid, strict=True)]
-        self._last = Place(name, block, attention, batch, grid, (steps[0], steps[1]), self._num_prefix())
+        self._last = Place(name, block, attention, batch, grid, (steps[0], steps[1]), num_prefix)
         return self._last
 
 

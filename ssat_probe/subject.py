@@ -201,7 +201,16 @@ class Subject:
 
         Returns:
             True at hidden patches; on the CPU.
+
+        Raises:
+            ValueError: If the model has no masked pass.
         """
+        model = self.model
+        if not hasattr(model, "encode") or (model.keeps_hidden and model.mask_token is None):
+            raise ValueError(
+                f"{self.checkpoint.path} must hold a model with a masked pass for this, got a {type(model).__name__} "
+                "without; take a checkpoint of ours, or a file of SSAT's or MAE's that holds its decoder."
+            )
         seeds = ([self.sample.sample_seed, int(i)] for i in batch.ids)
         noise = np.stack([np.random.default_rng(seed).random(self.model.num_tokens) for seed in seeds])
         return random_mask(torch.from_numpy(noise), self.checkpoint.recipe.mask_ratio)

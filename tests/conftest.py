@@ -110,6 +110,7 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
     from timm.models.vision_transformer import VisionTransformer
     from torchvision.models import VisionTransformer as Torchvision
 
+    from ssat_probe.models.cvt import Model as OurCvT
     from ssat_probe.models.swin import Model as OurSwin
 
     plain: dict[str, object] = {"img_size": (32, 48), "patch_size": 8, "in_chans": 3, "num_classes": 3}
@@ -142,6 +143,16 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
             heads=(2, 3),
             window=3,
         ),
+        "our cvt": lambda: OurCvT(
+            img_size=(32, 48),
+            patch_size=(2, 2),
+            channels=3,
+            num_classes=3,
+            dims=(5, 6, 9),
+            depths=(1, 1, 2),
+            heads=(1, 2, 3),
+            mlp_ratio=2,
+        ),
         "swinv2": lambda: SwinTransformerV2(**stages, window_size=(4, 4)),
         "cait": lambda: Cait(**vit, depth_token_only=2),
         "pvt": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1)),
@@ -155,7 +166,7 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
 
 
 FAMILIES = (
-    "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "our swin", "swinv2", "cait", "pvt",
+    "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "our swin", "our cvt", "swinv2", "cait", "pvt",
     "pvt linear", "mvit", "mvit class token", "torchvision",
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ def test_sites_are_embed_and_two_per_block():
         ("registers", 5, ["blocks.0", "blocks.1", "blocks.2"]),
         ("gap", 0, ["blocks.0", "blocks.1", "blocks.2"]),
         ("swin", 0, [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]),
+        ("our cvt", 0, ["stage0.blocks.0", "stage1.blocks.0", "stage2.blocks.0", "stage2.blocks.1"]),
         ("swinv2", 0, [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]),
         ("cait", 0, [*(f"blocks.{i}" for i in range(3)), "blocks_token_only.0", "blocks_token_only.1"]),
         ("pvt", 0, ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]),
@@ -54,3 +55,11 @@ def test_class_attention_has_the_class_query_alone(make_family: Callable):
     assert anatomy.blocks_with(make_family("vit")[0], "cls") == (0, 1, 2)
     with pytest.raises(ValueError, match="queries 'cls' needs a model with a class token, got a SwinTransformer"):
         anatomy.blocks_with(make_family("swin")[0], "cls")
+
+
+def test_tokens_before_the_patches_are_told_by_stage(make_family: Callable):
+    model, _ = make_family("our cvt")
+    assert [anatomy.num_prefix_tokens(model, stage) for stage in (0, 1, 2)] == [0, 0, 1]
+    assert anatomy.has_class_token(model)
+    assert anatomy.blocks_with(model, "cls") == (2, 3)
+    assert anatomy.blocks_with(model, "patch") == anatomy.blocks_with(model, "all") == (0, 1, 2, 3)

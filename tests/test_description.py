@@ -1,15 +1,18 @@
 """What describe says is what the model does."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
-from ssat_probe.description import describe, forward_bytes, probes_that_apply
+from ssat_probe.description import _attention, describe, forward_bytes, probes_that_apply
+from ssat_probe.recipe import Recipe
 from ssat_probe.registry import names
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
+from ssat_probe.training import train
 
 NAME = "vit_tiny_patch16_224"
 
@@ -61,16 +64,49 @@ def test_what_cannot_be_probed_is_still_described() -> None:
 
 def test_a_hierarchical_model_says_grid_and_windows_of_its_blocks() -> None:
     lines = describe("timm:swin_tiny_patch4_window7_224", Sample())
-    blocks = [line.strip() for line in lines if line.startswith("  blocks ")]
-    assert blocks[0].startswith("blocks 0 to 0: grid 56 x 56, 64 windows of 7 x 7, 3 heads, 49 queries x 49 keys")
-    assert "blocks 1 to 1: grid 56 x 56, 64 windows of 7 x 7 shifted by 3 x 3, 3 heads" in blocks[1]
+    blocks = [line.strip() for line in lines if line.startswith("  block")]
+    assert blocks[0].startswith("block 0: grid 56 x 56, 64 windows of 7 x 7, 3 heads, 49 queries x 49 keys")
+    assert "block 1: grid 56 x 56, 64 windows of 7 x 7 shifted by 3 x 3, 3 heads" in blocks[1]
     assert "blocks 10 to 11: grid 7 x 7, 24 heads, 49 queries x 49 keys" in blocks[-1]
     assert any("tokens: grid 56 x 56 of patches 4 x 4; 0 before the patches" in line for line in lines)
 
 
 def test_keys_on_a_coarser_grid_and_weights_changed_after_softmax_are_said() -> None:
     lines = describe("timm:pvt_v2_b0", Sample(), Source(img_size=(64,)))
-    assert any("blocks 0 to 1: grid 16 x 16, 1 heads, 256 queries x 4 keys" in line for line in lines)
+    assert any("blocks 0 to 1: grid 16 x 16, 1 head, 256 queries x 4 keys" in line for line in lines)
     lines = describe("timm:cait_xxs24_224", Sample(), Source(img_size=(32,)))
     assert any("blocks 0 to 23: 4 heads, 4 queries x 4 keys" in line and "unchecked" in line for line in lines)
     assert any("blocks 24 to 25: 4 heads, 1 queries x 5 keys" in line for line in lines)
+
+
+def test_cvt_is_described_stage_by_stage_and_every_probe_applies_or_says_why(
+    tmp_path: Path,
+) -> None:
+    recipe = Recipe(model="cvt_nano", method="scratch", subset=20, epochs=1, batch_size=10, warmup_epochs=0)
+    path = train(recipe, tmp_path, device="cpu").path
+    lines = describe(path, Sample(device="cpu"))
+    assert "  tokens: grid 2 x 2 of patches 4 x 4; 1 before the patches in the last stage (1 class)" in lines
+    assert "  block 0: grid 8 x 8, 1 head, 64 queries x 16 keys, scores visible, fused softmax" in lines
+    assert "  block 1: grid 4 x 4, 2 heads, 16 queries x 4 keys, scores visible, fused softmax" in lines
+    assert "  blocks 2 to 3: grid 2 x 2, 3 heads, 5 queries x 2 keys, scores visible, fused softmax" in lines
+    refused = {line.split(":")[0].strip(): line for line in lines if "does not apply" in line}
+    assert refused.keys() == {"fourier", "maps"}
+    assert "a grid of at least 7 x 7 patches, got 4 x 4" in refused["fourier"]
+    assert "got 64 queries and 16 keys in stage0.blocks.0.attn" in refused["maps"]
+
+
+def test_what_has_no_masked_pass_has_no_reconstruction() -> None:
+    verdicts = probes_that_apply(f"timm:{NAME}", Sample(data="digits", device="cpu"), Source(img_size=(32,)))
+    assert (
+        "must hold a model with a masked pass for this, got a VisionTransformer without" in verdicts["reconstruction"]
+    )
+
+
+def test_the_kind_of_attention_is_what_ran(make_family: Callable) -> None:
+    for name, kind in {
+        "our cvt": "fused softmax",
+        "swinv2": "plain softmax",
+        "torchvision": "MultiheadAttention",
+    }.items():
+        model, images = make_family(name)
+        assert all(line.endswith(kind) for line in _attention(model, images[:1])), name

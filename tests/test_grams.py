@@ -1,6 +1,7 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_kept_grams_are_told_apart_by_all_they_depend_on(
     ):
         grams.of(one, mode, group, tmp_path)
         assert len(list(tmp_path.iterdir())) == i + 1
+
+
+def test_class_tokens_are_compared_where_they_are_and_positions_within_one_grid(make_family: Callable) -> None:
+    model, images = make_family("our cvt")
+    batch = Batch(images.repeat(3, 1, 1, 1), torch.zeros(6, dtype=torch.long), torch.arange(6))
+    stand_in = SimpleNamespace(model=model, num_images=6, fingerprint="", setting="", batches=lambda: iter([batch]))
+    assert grams.of(stand_in, "cls", 6).blocks == (2, 3)  # type: ignore[arg-type]
+    assert grams.of(stand_in, "gap", 6).blocks == (-1, 0, 1, 2, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'token' needs one grid in all blocks, got 384, 96 patch tokens"):
+        grams.of(stand_in, "token", 6)  # type: ignore[arg-type]
 
 
 def test_a_broken_file_is_measured_anew(subject: Subject, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssat_probe import capture
+from ssat_probe.models import cvt
 from ssat_probe.placement import PADDING, PATCH, PREFIX, Layout, Place, lay_out, output_grid
 
 
@@ -52,18 +53,19 @@ def test_slots_of_windows_are_where_the_model_puts_a_map_of_coordinates(make_fam
     assert any(one.query_regions.unique().numel() > len(one.query_regions) for _, one in layouts(*make_family(name)))
 
 
-@pytest.mark.parametrize("name", ["pvt", "pvt linear", "mvit", "mvit class token"])
+@pytest.mark.parametrize("name", ["pvt", "pvt linear", "mvit", "mvit class token", "our cvt"])
 def test_centres_of_pooled_keys_are_those_of_a_pooled_map_of_coordinates(make_family: Callable, name: str):
     model, x = make_family(name)
     for place, layout in layouts(model, x):
         axes = [torch.arange(n, dtype=torch.float64) for n in place.grid]
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))[:, None]
         for kinds, places, names in (
-            (layout.query_kinds, layout.query_places, ("pool_q",)),
-            (layout.key_kinds, layout.key_places, ("pool_k", "pool", "sr")),
+            (layout.query_kinds, layout.query_places, ("pool_q", "conv_proj_q")),
+            (layout.key_kinds, layout.key_places, ("pool_k", "pool", "sr", "conv_proj_k")),
         ):
             pooled = coordinates
             for pool in (getattr(place.attention, one, None) for one in names):
+                pool = getattr(pool, "conv", pool)
                 if isinstance(pool, nn.Conv2d):
                     # The mean of what a window sees, with the grid continued beyond its border.
                     step, kernel, pad = pool.stride[0], pool.kernel_size[0], pool.padding[0]
@@ -75,11 +77,48 @@ def test_centres_of_pooled_keys_are_those_of_a_pooled_map_of_coordinates(make_fa
                     pooled = pool(pooled)
             expected = pooled[:, 0].flatten(1).T * torch.tensor(place.stride)
             torch.testing.assert_close(places[0][kinds[0] == PATCH], expected)
-            assert int((kinds == PREFIX).sum()) == (name == "mvit class token")
+            has_class = name == "mvit class token" or place.name.startswith("stage2.")
+            assert int((kinds == PREFIX).sum()) == has_class
+
+
+def test_places_of_strided_keys_are_the_centres_of_the_pixels_that_they_see() -> None:
+    """CvT's queries and keys traced back to pixels by gradients through all its convolutions, stage after stage."""
+    model = cvt.Model(
+        img_size=(128, 192), patch_size=(4, 4), channels=1, num_classes=2, dims=(2, 2, 2), depths=(1, 1, 1),
+        heads=(1, 1, 1),
+    ).double().eval()  # fmt: skip
+    found = layouts(model, torch.zeros(1, 1, 128, 192, dtype=torch.float64))
+    image = torch.zeros(1, 1, 128, 192, dtype=torch.float64, requires_grad=True)
+    maps = image
+    for (place, layout), stage in zip(found, (model.stage0, model.stage1, model.stage2), strict=True):
+        convolutions = [stage.patch_embed.proj, *(getattr(stage.blocks[0].attn, f"conv_proj_{n}").conv for n in "qk")]
+        for convolution in convolutions:
+            nn.init.ones_(convolution.weight)  # every pixel of a window counts
+        maps = stage.patch_embed.proj(maps)
+        centres = {}
+        for kind, convolution in zip("qk", convolutions[1:], strict=True):
+            projected = convolution(maps).sum(1)[0]
+            for i, j in [(a, b) for a in range(len(projected)) for b in range(projected.shape[1])]:
+                (seen,) = torch.autograd.grad(projected[i, j], image, retain_graph=True)
+                rows, columns = (seen[0, 0] != 0).nonzero().T
+                is_whole = min(rows.min(), columns.min()) > 0 and rows.max() < 127 and columns.max() < 191
+                if is_whole:
+                    ends = [(int(one.min()) + int(one.max())) / 2 for one in (rows, columns)]
+                    centres[kind, i * projected.shape[1] + j] = torch.tensor(ends, dtype=torch.float64)
+        first = next(one for (kind, _), one in centres.items() if kind == "q")
+        number = next(number for kind, number in centres if kind == "q")
+        prefix = place.num_prefix
+        assert prefix == (place.name == "stage2.blocks.0")
+        assert {kind for kind, _ in centres} == {"q", "k"}
+        offset = first - layout.query_places[0, prefix + number]  # of the first patch's centre, the same for all
+        for (kind, number), centre in centres.items():
+            places = (layout.query_places if kind == "q" else layout.key_places)[0, prefix:]
+            torch.testing.assert_close(places[number] + offset, centre, rtol=0, atol=0)
 
 
 def test_strides_double_where_grids_halve(make_family: Callable):
-    for name, expected in {"swin": [4, 4, 8, 8], "pvt": [4, 8, 8], "mvit": [4, 4, 8], "vit": [8, 8, 8]}.items():
+    for name, expected in {"swin": [4, 4, 8, 8], "pvt": [4, 8, 8], "mvit": [4, 4, 8], "vit": [8, 8, 8],
+                           "our cvt": [2, 4, 8, 8]}.items():  # fmt: skip
         assert [place.stride for place, _ in layouts(*make_family(name))] == [(step, step) for step in expected]
     first, *_ = layouts(*make_family("mvit"))
     assert output_grid(first[0]) == first[0].grid

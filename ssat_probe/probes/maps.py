@@ -182,8 +182,8 @@ class _Maps:
         size = self._prefix + self._grid[0] * self._grid[1]
         if tuple(seen.rows.shape[2:]) != (size, size):
             raise ValueError(
-                f"Attention maps need attention over all {size} tokens in every block, got rows of "
-                f"{seen.rows.shape[3]} keys for {seen.rows.shape[2]} queries in {seen.name}; use heads or histogram."
+                "Attention maps need every block to attend from all tokens to all tokens of one grid, got "
+                f"{seen.rows.shape[2]} queries and {seen.rows.shape[3]} keys in {seen.name}; use heads or histogram."
             )
         weights = (seen.rows.softmax(-1) if seen.has_scores else seen.rows).double()
         below = torch.eye(size, dtype=weights.dtype, device=weights.device)[None]

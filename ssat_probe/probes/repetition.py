@@ -117,7 +117,7 @@ class Probe:
                 drawing.label_axes(ax, x_label, y_label, title)
             shown = drawing.series(table)[:_MOST_MATRICES]
             matrices = [_matrix_of(one) for one in shown]
-            largest = max([0.1, *(float(np.nanmax(np.abs(values))) for values in matrices)])
+            largest = max(float(np.nanmax(np.abs(values), initial=0.1)) for values in matrices)
             for ax, one, values in zip(axes[3:], shown, matrices, strict=False):
                 mesh = _draw_matrix(ax, values, largest, one.label)
             for ax in axes[3 + len(shown) :]:

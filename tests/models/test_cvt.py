@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssat_probe import capture
 from ssat_probe.budget import budget_of
 from ssat_probe.models import cvt
 from ssat_probe.network import build_encoder, resolve
@@ -34,8 +35,14 @@ def images_of(generator: Callable[[str], torch.Generator], img_size: tuple[int, 
     return torch.randn(5, 3, *img_size, generator=generator("cvt"), dtype=torch.float64)
 
 
-def by_the_paper(state: dict[str, Tensor], image: Tensor, strides: tuple[tuple[int, int], ...]) -> Tensor:
-    """Logits of one image, written straight down from Wu et al. (2021), Sec. 3, in eval mode."""
+def by_the_paper(
+    state: dict[str, Tensor], image: Tensor, strides: tuple[tuple[int, int], ...], inside: list[Tensor] | None = None
+) -> Tensor:
+    """Logits of one image, written straight down from Wu et al. (2021), Sec. 3, in eval mode.
+
+    ``inside`` gets each block's weights and its patch tokens after attention and after the MLP.
+    """
+    inside = [] if inside is None else inside
 
     def linear(name: str, tokens: Tensor) -> Tensor:
         return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -75,8 +82,10 @@ def by_the_paper(state: dict[str, Tensor], image: Tensor, strides: tuple[tuple[i
             )
             weights = (torch.einsum("qhd,khd->hqk", q, k) / dim**0.5).softmax(-1)
             tokens = tokens + linear(f"{block}.attn.proj", torch.einsum("hqk,khd->qhd", weights, v).reshape(-1, dim))
+            inside += [weights, tokens[len(prefix) :]]
             hidden = linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens))
             tokens = tokens + linear(f"{block}.mlp.fc2", hidden / (1 + torch.exp(-1.702 * hidden)))
+            inside.append(tokens[len(prefix) :])
         maps = tokens[len(prefix) :].T.reshape(1, dim, rows, columns)
     return linear("head", norm("norm", tokens[0]))
 
@@ -87,6 +96,33 @@ def test_it_is_the_papers(generator: Callable[[str], torch.Generator]) -> None:
     with torch.no_grad():
         expected = torch.stack([by_the_paper(model.state_dict(), one, ((2, 4), (2, 2), (2, 2))) for one in images])
         torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_probes_see_the_weights_and_patch_tokens_of_the_paper(generator: Callable[[str], torch.Generator]) -> None:
+    model = made()
+    images = images_of(generator)
+    expected: list[list[Tensor]] = [[] for _ in images]
+    weights: list[Tensor] = []
+    states: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for one, into in zip(images, expected, strict=True):
+            by_the_paper(model.state_dict(), one, ((2, 4), (2, 2), (2, 2)), into)
+        with capture.attention(model, lambda seen: weights.append(seen.rows.softmax(-1))) as errors:
+            model(images)
+        with capture.features(model, lambda site, tokens: states.setdefault(site.name, []).append(tokens)):
+            model(images)
+    together = [torch.stack(parts) for parts in zip(*expected, strict=True)]
+    for found, wanted in (
+        (weights, together[0::3]),
+        (states["attention"], together[1::3]),
+        (states["mlp"], together[2::3]),
+    ):
+        assert [one.shape for one in found] == [one.shape for one in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    assert list(errors) == [0, 1, 2, 3, 4]
+    assert max(errors.values()) < 1e-14
+    assert [one.shape[1:] for one in weights] == [(2, 144, 36), *[(4, 36, 9)] * 2, *[(3, 10, 5)] * 2]
 
 
 def test_cvt_13_has_the_papers_parameters_and_the_multiply_adds_of_the_closed_form(make_recipe: Make) -> None:

@@ -261,7 +261,9 @@ def test_summary_has_one_row_per_checkpoint_and_block():
     assert summary["checkpoint"].unique().tolist() == ["ssat-0", "ssat-1", "scratch-0", "scratch-1"]
 
 
-@pytest.mark.parametrize("name", ["swin", "swin padded", "swinv2", "pvt", "mvit class token", "torchvision", "cait"])
+@pytest.mark.parametrize(
+    "name", ["swin", "swin padded", "swinv2", "our cvt", "pvt", "mvit class token", "torchvision", "cait"]
+)
 def test_rows_are_normed_by_the_keys_that_are_allowed(make_family: Any, name: str) -> None:
     from ssat_probe import capture, geometry
 
