@@ -135,4 +135,5 @@ def _charge(run: Run, state: State, stage: str, spent: dict[str, float]) -> None
     for name, value in spent.items():
         cost[name] = cost.get(name, 0.0) + value
     cost["multiply_adds"] = cost["images"] * run.multiply_adds_per_image[stage]
+    cost["attention"] = dict(run.attention.chosen)
     cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak_memory_bytes(run.accelerator.device))

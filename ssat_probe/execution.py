@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,23 @@ class Execution:
 
     checkpointing: bool = False
     "Compute the inside of each block again in the backward pass instead of keeping it: a third slower, less memory."
+
+    attention: Literal["auto", "fused", "math", "plain"] = "auto"
+    "Kernel of attention: fused is torch's own choice; auto measures which is fastest, and needs it to be so by far."
+
+    def kernel(self, num_processes: int = 1) -> str:
+        """Kernel of attention, as far as it is known without a measurement.
+
+        Where equal runs must be equal bit by bit, or what is timed is not what is run, it is torch's own.
+
+        Args:
+            num_processes: That share a training, and would not find the same.
+
+        Returns:
+            fused, math, plain or auto.
+        """
+        fixed = self.deterministic or self.compile or self.checkpointing or num_processes > 1
+        return "fused" if self.attention == "auto" and fixed else self.attention
 
 
 def blocks_of(network: "nn.Module") -> "list[nn.Module]":
@@ -68,6 +85,10 @@ def prepare(network: "nn.Module", execution: Execution) -> None:
         )
     if execution.compile and execution.checkpointing:
         raise ValueError("checkpointing must be left out with compile, which decides itself what to keep, got both.")
+    if execution.attention in ("math", "plain") and (execution.compile or execution.checkpointing):
+        raise ValueError(
+            f"attention must be auto or fused with compile or checkpointing, got {execution.attention!r}; leave it out."
+        )
     if execution.channels_last:
         network.to(memory_format=torch.channels_last)
     if execution.compile:

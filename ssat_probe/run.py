@@ -14,6 +14,7 @@ from torch import nn
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
 from ssat_probe.execution import Execution
 from ssat_probe.images import Facts, Images
+from ssat_probe.kernel import Attention
 from ssat_probe.network import Encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.table import write_atomically
@@ -37,8 +38,10 @@ class State:
     "Sums of this epoch so far."
     rows: list[dict[str, Any]] = field(default_factory=list)
     "Finished epochs, one row each."
-    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    cost: dict[str, dict[str, Any]] = field(default_factory=dict)
     "What each stage has cost so far."
+    attention: dict[str, str] = field(default_factory=dict)
+    "Kernel of attention by device, dtype and shapes: a run that goes on must round as it did before."
     best: float = -1.0
     "Best accuracy on the validation images so far, where the weights that had it are to be kept."
     best_epoch: int = 0
@@ -62,6 +65,8 @@ class Run:
     multiply_adds_per_image: dict[str, int] = field(default_factory=dict)
     "Of a training step, forward and backward, by stage."
     execution: Execution = field(default_factory=Execution)
+    attention: Attention = field(default_factory=Attention)
+    "Which kernels are used."
 
     @property
     def network(self) -> nn.ModuleDict:
@@ -82,6 +87,7 @@ def save_state(run: Run, state: State, optimiser: Any, average: ModelEmaV3 | Non
     if not run.accelerator.is_main_process:
         return
     scaler = run.accelerator.scaler
+    state.attention = dict(run.attention.chosen)
     content = {
         "recipe": run.recipe.as_dict(),
         "images": run.train.fingerprint(),
@@ -123,6 +129,7 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
             names = module.state_dict().keys()
             module.load_state_dict({name: content["model"][prefix + name] for name in names})
     state = State(**content["state"])
+    run.attention.chosen.update(state.attention)
     return state, {name: content.get(name) for name in ("optimiser", "scaler", "average")}
 
 

@@ -24,6 +24,7 @@ from ssat_probe.epoch import finish_epoch, has_lost_patience
 from ssat_probe.execution import Execution, prepare
 from ssat_probe.images import Dataset, Facts, Images, split
 from ssat_probe.initial import begin_from
+from ssat_probe.kernel import Attention
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.meter import Meter
 from ssat_probe.network import build_encoder, resolve
@@ -231,7 +232,8 @@ def _start(
     decoder = decoder.to(accelerator.device) if decoder is not None else None
     budget = budget_of(recipe, facts, len(images[0]))
     cost = {stage.name: stage.training_multiply_adds_per_image for stage in budget.stages}
-    run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution)
+    attention = Attention(execution.kernel(accelerator.num_processes))
+    run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention)
     prepare(run.network, execution)
     return run
 
@@ -276,6 +278,7 @@ def _stage(run: Run, stage: str, saved: dict[str, Any] | None) -> tuple[nn.Modul
         if run.accelerator.scaler is not None:
             run.accelerator.scaler.load_state_dict(saved["scaler"])
     objective.train()
+    run.attention.unsettle()
     return objective, optimiser
 
 

@@ -86,7 +86,11 @@ def update(
         for part in parts:
             arguments, views = inputs(part)
             synchronise = part is parts[-1]
-            with nullcontext() if synchronise else run.accelerator.no_sync(objective), run.accelerator.autocast():
+            with (
+                nullcontext() if synchronise else run.accelerator.no_sync(objective),
+                run.accelerator.autocast(),
+                run.attention.step(),
+            ):
                 losses = objective(*arguments, **views)
             run.accelerator.backward(losses.total * (len(part) / len(pixels)))
             for name, value in _sums(losses, arguments[1]).items():

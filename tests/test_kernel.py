@@ -1,0 +1,176 @@
+"""Kernels of attention: the same numbers, chosen by time, kept by a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssat_probe import kernel
+from ssat_probe.execution import Execution
+from ssat_probe.kernel import KERNELS, Attention, fastest
+from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
+
+SHAPES = ((2, 3, 5, 7), (2, 3, 11, 7), (2, 3, 11, 7))
+
+
+def parts(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in SHAPES]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_softmax_attention_with_its_gradient(name: str, scale: float | None) -> None:
+    query, key, value = parts()
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * (7**-0.5 if scale is None else scale)
+    expected = torch.einsum("bhqk,bhkd->bhqd", scores.exp() / scores.exp().sum(-1, keepdim=True), value)
+    got = KERNELS[name](query, key, value, scale=scale)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).view_as(got)
+    for one, other in zip(
+        torch.autograd.grad((got * weight).sum(), (query, key, value)),
+        torch.autograd.grad((expected * weight).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_low_precision_is_off_by_its_rounding_alone(name: str) -> None:
+    given = [part.bfloat16() for part in parts()]
+    exact = F.scaled_dot_product_attention(*(part.double() for part in given))
+    got = KERNELS[name](*given)
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).abs().max() < 3 * 2**-8 * float(given[2].detach().abs().max())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({"fused": 1.0, "math": 0.9, "plain": 0.7}, "fused"),  # no more than a near tie
+        ({"fused": 1.0, "math": 0.6, "plain": 0.7}, "math"),
+        ({"fused": 1.0, "math": 0.6, "plain": 0.1}, "plain"),
+        ({"fused": 0.1, "math": 0.6, "plain": 0.7}, "fused"),
+    ],
+)
+def test_another_kernel_must_be_faster_by_far(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], best: str
+) -> None:
+    names = {kernel: name for name, kernel in KERNELS.items()}
+    monkeypatch.setattr(kernel, "_seconds", lambda one, _: seconds[names[one]])
+    assert fastest(*SHAPES, dtype=torch.float32, device="cpu") == (best, seconds)
+
+
+def test_a_shape_is_measured_once_in_a_process_and_what_was_chosen_before_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[Any] = []
+
+    def noted(*shapes: Any, dtype: torch.dtype, device: Any) -> tuple[str, dict[str, float]]:
+        measured.append((*shapes, dtype))
+        return "plain", {}
+
+    monkeypatch.setattr(kernel, "_measured", {})
+    monkeypatch.setattr(kernel, "fastest", noted)
+    case = "cpu float64 2x3x5/11x7"
+    for _ in range(2):
+        attention = Attention()
+        with attention.step():
+            F.scaled_dot_product_attention(*parts())
+        assert attention.chosen == {case: "plain"}
+    assert measured == [(*SHAPES, torch.float64)]
+    monkeypatch.setattr(kernel, "_measured", {})
+    kept = Attention(chosen={case: "math"})
+    with kept.step():
+        F.scaled_dot_product_attention(*parts())
+    assert kept.chosen == {case: "math"}
+    assert len(measured) == 1
+
+
+def test_masks_and_passes_without_a_gradient_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = Attention("plain")
+    query, key, value = parts()
+    with attention.step():
+        F.scaled_dot_product_attention(query, key, value, torch.ones(5, 11, dtype=torch.bool))
+        F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        F.scaled_dot_product_attention(query.detach(), key.detach(), value.detach())
+    assert attention.chosen == {}
+
+
+def test_autocast_is_asked_for_its_dtype() -> None:
+    attention = Attention("plain")
+    with torch.autocast("cpu", torch.bfloat16), attention.step():
+        got = F.scaled_dot_product_attention(*parts(torch.float32))
+    assert got.dtype == torch.bfloat16
+    assert list(attention.chosen) == ["cpu bfloat16 2x3x5/11x7"]
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "expected"),
+    [
+        ({}, 1, "auto"),
+        ({}, 2, "fused"),
+        ({"deterministic": True}, 1, "fused"),
+        ({"compile": True}, 1, "fused"),
+        ({"checkpointing": True}, 1, "fused"),
+        ({"attention": "plain"}, 2, "plain"),
+        ({"attention": "math", "deterministic": True}, 1, "math"),
+    ],
+)
+def test_what_must_be_the_same_in_every_run_is_not_left_to_a_clock(
+    options: dict[str, Any], processes: int, expected: str
+) -> None:
+    assert Execution(**options).kernel(processes) == expected
+
+
+def test_a_kernel_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attention must be auto or fused with compile or checkpointing, got 'math'"):
+        train(
+            Recipe(method="scratch", subset=20, epochs=1), tmp_path, device="cpu",
+            execution=Execution(attention="math", checkpointing=True),
+        )  # fmt: skip
+
+
+def recipe_of(**fields: Any) -> Recipe:
+    return Recipe(model="vit_pico", subset=23, batch_size=7, epochs=2, warmup_epochs=0, base_lr=1e-2, **fields)
+
+
+@pytest.mark.parametrize("method", ["ssat", "ssl_ft"])
+def test_runs_differ_by_rounding_alone_and_say_which_kernels_they_used(tmp_path: Path, method: Any) -> None:
+    # Not AdamW, which makes whole steps of the rounding where a gradient is 0, as those of the keys' biases are.
+    recipe = recipe_of(method=method, optimiser="sgd")
+    runs = {
+        name: train(recipe, tmp_path / name, device="cpu", execution=Execution(attention=name))
+        for name in ("fused", "math", "plain")
+    }
+    for name, run in runs.items():
+        for key, value in run.state.items():
+            torch.testing.assert_close(value, runs["fused"].state[key], rtol=1e-3, atol=1e-5)
+        cost = json.loads((run.path.parent / "cost.json").read_text())
+        used = {one for stage in cost.values() for one in stage["attention"].values()}
+        assert used == (set() if name == "fused" else {name})
+    assert runs["plain"].hash != runs["fused"].hash
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_kernels_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(name: str) -> None:
+        monkeypatch.setattr(kernel, "_measured", {})
+        monkeypatch.setattr(kernel, "fastest", lambda *shapes, **more: (name, {}))
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    always("plain")
+    whole = train(recipe_of(), tmp_path / "whole", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_of(), tmp_path / "part", device="cpu", save_every_s=-1, progress=stop)
+    always("math")
+    assert train(recipe_of(), tmp_path / "part", device="cpu").hash == whole.hash
+    assert train(recipe_of(), tmp_path / "other", device="cpu").hash != whole.hash
