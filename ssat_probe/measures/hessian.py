@@ -300,17 +300,21 @@ class HessianOperator:
         self, total: Tensor, share: int, gradients: list[Tensor | None], vectors: Tensor, *, retain_graph: bool
     ) -> None:
         """Add derivatives of ``gradients`` along each of the vectors, for one batch."""
+        num = len(vectors)
+        cast = {one.dtype: vectors.to(one.dtype) for one in gradients if one is not None}  # not tensor by tensor
         pairs = [
-            (gradient, vectors[:, place].to(gradient.dtype).reshape(len(vectors), *gradient.shape))
-            for gradient, place in zip(gradients, self._slices, strict=True)
-            if gradient is not None and gradient.requires_grad
+            (one, cast[one.dtype][:, place].reshape(num, *one.shape))
+            for one, place in zip(gradients, self._slices, strict=True)
+            if one is not None and one.requires_grad
         ]
         if not pairs:  # a loss that is linear in all parameters, or has none that can be trained
             return
         blocks = self._second([one for one, _ in pairs], [along for _, along in pairs], retain_graph=retain_graph)
-        for place, block in zip(self._slices, blocks, strict=True):
-            if block is not None:
-                total[:, place].add_(block.reshape(len(vectors), -1), alpha=share)  # in float64, as the total is
+        flat = [
+            vectors.new_zeros(num, place.stop - place.start) if block is None else block.reshape(num, -1)
+            for place, block in zip(self._slices, blocks, strict=True)
+        ]
+        total.add_(torch.cat(flat, dim=1), alpha=share)  # in float64, as the total is
 
     def rows(
         self, gradients: list[Tensor | None], tensor: int, entries: Int[Tensor, " row"]

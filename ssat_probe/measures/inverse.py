@@ -22,7 +22,11 @@ SAFETY = 1.2  # scale in units of the smallest that converges; ours, for a λmax
 PILOT_STEPS = 40  # of the Lanczos runs that calibrate; both ends of a network's Hessian are found by then
 BATCH_STEPS = 15  # of those that find λmax of a mini-batch; the largest eigenvalue comes first
 CHECK_EVERY = 25  # stochastic steps between two true residuals; tuned, no source
+INNER = 1e-6  # residual of LiSSA below Lanczos: far below the share of one direction in a random vector, 1/√n; ours
+INNER_ROUNDINGS = 40  # the same in machine epsilons of the products, which allow no less; ours
 _GROWN = 10  # a residual this many times the least one so far is divergence
+_ROUNDING = 1e-4  # ... unless it is as small as this, where products of float32 may leave it to wander; ours
+_STALLED = 20  # steps without a smaller residual, among those, end the recursion; ours
 _VANISHED = 1e-300
 
 
@@ -194,7 +198,7 @@ def _chain(
     length = max(float(vector.norm()), _VANISHED)
     now = torch.zeros_like(vector)
     best, least = now, 1.0
-    spent = 0
+    spent = since = 0
     for step in range(max_steps):
         is_true = not batch_products or step % CHECK_EVERY == 0
         one = product if is_true else batch_products[int(draw.integers(len(batch_products)))]
@@ -202,12 +206,14 @@ def _chain(
         spent += is_true
         if is_true:
             residual = float(remaining.norm()) / length
-            usual = 1.0 if batch_products else max(least, tolerance)  # with mini-batches it goes up and down
+            usual = 1.0 if batch_products else max(least, tolerance, _ROUNDING)  # with mini-batches it goes up and down
             if not residual <= _GROWN * usual:
                 raise ValueError(_diverged(product, remaining, calibration, residual, spent))
+            since = 0 if residual < least else since + 1
             if residual <= least:
                 best, least = now, residual
-            if residual <= tolerance:
+            is_stalled = not batch_products and since >= _STALLED and residual <= _ROUNDING
+            if residual <= tolerance or is_stalled:
                 break
         now = now + remaining / calibration.scale
     return Solution(best, least, spent, least <= tolerance, step + 1 - spent), now
@@ -318,7 +324,8 @@ def inverse_eigenvalues(
     calibration: Calibration,
     steps: int,
     *,
-    tolerance: float = 1e-3,
+    tolerance: float | None = None,
+    precision: float = 2.0**-52,
     seed: int = 0,
     device: torch.device | str = "cpu",
     on_step: Callable[[int], None] | None = None,
@@ -333,7 +340,9 @@ def inverse_eigenvalues(
         size: Dimension.
         calibration: From `calibrate`.
         steps: Of the outer Lanczos run; each takes as many products as LiSSA needs.
-        tolerance: Of the true residual of each inner solution.
+        tolerance: Of the true residual of each inner solution; None means ``INNER``, or what the precision allows. One
+            direction of n is a share of 1/√n of the start vector, and much worse solutions would drown it.
+        precision: Machine epsilon of the products.
         seed: Of the start vector.
         device: Where vectors live.
         on_step: Called after each outer step.
@@ -342,6 +351,7 @@ def inverse_eigenvalues(
         Values with certain intervals (infinite where the residual says nothing), and products in all.
     """
     spent, worst = 0, 0.0
+    tolerance = max(INNER, INNER_ROUNDINGS * precision) if tolerance is None else tolerance
 
     def inverse(vector: Tensor) -> Tensor:
         nonlocal spent, worst

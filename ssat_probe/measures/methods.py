@@ -251,8 +251,8 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
     """Ends and spectrum through the damped inverse, without brackets: what the approximation gives by itself."""
     with operator:
         seed, device = settings.seed, operator.device
-        options: dict[str, Any] = {"seed": seed, "device": device}
-        calibration = calibrated(operator.product, operator.size, precision=operator.precision, **options)
+        options: dict[str, Any] = {"seed": seed, "device": device, "precision": operator.precision}
+        calibration = calibrated(operator.product, operator.size, **options)
         found = inverse_eigenvalues(
             operator.product,
             operator.size,

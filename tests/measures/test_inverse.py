@@ -161,3 +161,32 @@ class TestEigenvalues:
         assert inside.any(axis=1).all()
         assert found.num_products > 12
         assert found.worst_residual <= 1e-8
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_negative_edge_is_resolved_among_as_many_directions_as_a_network_has(self, dtype):
+        # one direction is a share of 1/√n of the start vector: inner solutions to 1e-3 would hide it
+        size = 40_009
+        bulk = np.random.default_rng(0).standard_cauchy(size - 7) * 1e-3
+        spectrum = np.concatenate([[-30.0, -21.0, -4.0, 11.0, 50.0, 70.0, 120.0], bulk.clip(-1, 1)])
+        diagonal = torch.from_numpy(spectrum).to(dtype)
+        found = inverse_eigenvalues(
+            lambda x: (diagonal * x.to(dtype)).double(),
+            size,
+            calibrate(-30.0, 120.0),
+            15,
+            precision=torch.finfo(dtype).eps,
+        )
+        assert found.values[0] == pytest.approx(-30, rel=1e-3)
+        assert found.values[1] == pytest.approx(-21, rel=2e-2)
+        assert found.lows[0] < -30 < found.highs[0]
+        assert found.highs[0] - found.lows[0] < 0.3
+        assert abs(found.weights @ found.values - spectrum.mean()) < 6 * (2 * (spectrum**2).mean() / size) ** 0.5
+
+    def test_a_recursion_that_only_rounding_keeps_from_its_tolerance_ends(self, matrix, vector, eigenvalues):
+        single = matrix.float()
+        found = lissa(
+            lambda x: (single @ x.float()).double(), vector, calibrate(eigenvalues[0], eigenvalues[-1]), tolerance=1e-12
+        )
+        assert not found.converged
+        assert found.residual < 1e-5
+        assert found.num_products < 300
