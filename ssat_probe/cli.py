@@ -10,6 +10,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from ssat_probe import registry, terminal
+from ssat_probe.carbon import Supply
 from ssat_probe.execution import Execution
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
@@ -36,6 +37,7 @@ def train(
     *,
     recipe: Annotated[Recipe, Flat] = Recipe(),
     execution: Annotated[Execution, Flat] = Execution(),
+    supply: Annotated[Supply, Flat] = Supply(),
     out: Path = Path("checkpoints"),
     data_dir: Path | None = None,
     download: bool = False,
@@ -51,6 +53,7 @@ def train(
     Args:
         recipe: What to train.
         execution: How the training is carried out.
+        supply: Where the electricity comes from, so that cost.json says what it emits.
         out: Folder of the runs; each makes its own folder in it.
         data_dir: Where the data set lies on disk; the embedded ones need none.
         download: Fetch the data set if it is not there.
@@ -78,7 +81,7 @@ def train(
     with terminal.progress() as progress, terminal.warnings_said():
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            snapshots=snapshots, gradients_every=gradients_every, execution=execution,
+            snapshots=snapshots, gradients_every=gradients_every, execution=execution, supply=supply,
             progress=progress,
         )  # fmt: skip
     terminal.say(f"Wrote {checkpoint.path}")

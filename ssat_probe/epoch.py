@@ -65,13 +65,16 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
     started = time.monotonic()
     share_statistics(run)
     mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
-    name = run.recipe.select_on
+    name: str = run.recipe.select_on
     encoders = {name: run.encoder} | ({f"ema_{name}": average.module["encoder"]} if average is not None else {})
     counts = [float("nan")] * 2 * len(encoders)
     done = state.epoch + 1
     if stage != "pretrain" and (done % run.recipe.eval_every == 0 or done == run.recipe.stage_epochs[stage]):
         device = run.accelerator.device
         counts = [float(n) for one in encoders.values() for n in evaluate(one, run.val, run.facts, device, mine)]
+    nan = float("nan")
+    for key, taken in run.carbon.lap(state.sums.get("processor_s", nan), state.sums.get("energy_j", nan)).items():
+        state.sums[key] = taken
     names = sorted(state.sums)
     dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
     local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=dtype)
@@ -79,7 +82,6 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
     sums = dict(zip(names, values[len(counts) :], strict=True))
     processes = run.accelerator.num_processes
     num, seconds = sums["images"], sums["seconds"] / processes
-    nan = float("nan")
     row = {
         "stage": stage,
         "epoch": state.epoch + 1,
@@ -105,6 +107,7 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
     spent |= {"evaluation_s": time.monotonic() - started, "processor_s": sums.get("processor_s", nan)}
     energy = sums.get("energy_j", nan) / processes  # each process reads the counters of the whole machine
     spent |= {} if np.isnan(energy) else {"energy_j": energy}
+    spent |= {name: sums[name] for name in ("carbon_energy_j", "co2e_g") if name in sums}
     _charge(run, state, stage, spent)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
@@ -135,5 +138,6 @@ def _charge(run: Run, state: State, stage: str, spent: dict[str, float]) -> None
     for name, value in spent.items():
         cost[name] = cost.get(name, 0.0) + value
     cost["multiply_adds"] = cost["images"] * run.multiply_adds_per_image[stage]
+    cost |= run.carbon.record
     cost["attention"] = dict(run.attention.chosen)
     cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak_memory_bytes(run.accelerator.device))

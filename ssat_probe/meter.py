@@ -42,6 +42,11 @@ class Meter:
         self._processor_s, self._counters, self._card_j = processor_s, counters, card_j
         return taken
 
+    @property
+    def reads_processors(self) -> bool:
+        """Whether the energy is also that of the processors."""
+        return bool(self._packages)
+
     def _read(self) -> list[tuple[int, int]]:
         """Counter of each package and where it starts again, in microjoules; none unless all can be read."""
         try:

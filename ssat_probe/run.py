@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ssat_probe.carbon import Carbon, Supply
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_checkpoint, save_tensors, state_of
 from ssat_probe.execution import Execution
 from ssat_probe.images import Facts, Images
 from ssat_probe.kernel import Attention
+from ssat_probe.meter import Meter
 from ssat_probe.network import Encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.table import write_atomically
@@ -67,6 +69,10 @@ class Run:
     execution: Execution = field(default_factory=Execution)
     attention: Attention = field(default_factory=Attention)
     "Which kernels are used."
+    meter: Meter = field(default_factory=Meter)
+    "What the work takes."
+    carbon: Carbon = field(default_factory=lambda: Carbon(Supply()))
+    "What the electricity does."
 
     @property
     def network(self) -> nn.ModuleDict:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ssat_probe import objectives, registry
 from ssat_probe.budget import Budget, budget_of, steps_per_epoch
+from ssat_probe.carbon import Carbon, Supply
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.epoch import evaluate as evaluate
@@ -64,6 +65,7 @@ def train(
     snapshots: bool = False,
     gradients_every: int = 0,
     execution: Execution = Execution(),
+    supply: Supply = Supply(),
     progress: Progress = lambda done, total, text: None,
 ) -> Checkpoint:
     """Train a recipe in ``out/<name of the run>``; what is complete is reused, what was interrupted goes on.
@@ -85,6 +87,7 @@ def train(
         gradients_every: Compare the gradients of classification and task in every so many steps of ssat, and log their
             cosine and norms; 0 means never. The training stays the same.
         execution: How it is carried out, which is no matter for what it computes but for rounding.
+        supply: Where the electricity comes from, if ``cost.json`` is to say what it emits.
         progress: Called after each step.
 
     Returns:
@@ -111,7 +114,7 @@ def train(
             "but beside numbers found in the same way, such as the paper's.",
             stacklevel=2,
         )
-    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution)
+    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution, supply)
     state, saved = load_state(run) if resume else (State(), None)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
@@ -119,8 +122,8 @@ def train(
     per_epoch = steps_per_epoch(len(run.train), recipe.batch_size)
     total_steps = per_epoch * sum(recipe.stage_epochs.values())
     last_save = time.monotonic()
-    meter = Meter(run.accelerator.device)
     is_scheduled = recipe.lambda_schedule != "constant"
+    run.meter.lap()  # what came before is no step's
 
     while state.stage < len(stages):
         stage, num_epochs = stages[state.stage]
@@ -146,7 +149,7 @@ def train(
                 seconds = time.monotonic() - started
                 if average is not None:
                     average.update(run.network, state.epoch * per_epoch + state.step + 1)
-                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited, **meter.lap()}.items():
+                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited, **run.meter.lap()}.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
@@ -163,7 +166,7 @@ def train(
                 keep_best(run, state, stage)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
-            meter.lap()  # what is between the steps of two epochs is no step's
+            run.meter.lap()  # what is between the steps of two epochs is no step's
             if has_lost_patience(recipe, state, stage):
                 break
         if len(stages) > 1 and state.stage == 0:
@@ -174,6 +177,7 @@ def train(
     checkpoint = write_checkpoint(run, state, stages[-1][0], path)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    run.carbon.end()
     return checkpoint
 
 
@@ -220,6 +224,7 @@ def _start(
     tracker: str | None,
     workers: int,
     execution: Execution,
+    supply: Supply,
 ) -> Run:
     """Engine and fresh network of a run."""
     AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
@@ -232,8 +237,11 @@ def _start(
     decoder = decoder.to(accelerator.device) if decoder is not None else None
     budget = budget_of(recipe, facts, len(images[0]))
     cost = {stage.name: stage.training_multiply_adds_per_image for stage in budget.stages}
+    meter = Meter(accelerator.device)
+    carbon = Carbon(supply, is_first_on_node=accelerator.is_local_main_process, reads_processors=meter.reads_processors)
     attention = Attention(execution.kernel(accelerator.num_processes))
-    run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention)
+    run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention, meter,
+              carbon)  # fmt: skip
     prepare(run.network, execution)
     return run
 

@@ -111,3 +111,16 @@ def test_a_run_that_ends_early_is_the_beginning_of_the_whole_one(tmp_path: Path,
     assert train(tiny(patience=2, select=select, **fields), tmp_path / "early", device="cpu", snapshots=True).hash == (
         early.hash
     )
+
+
+def test_tensorboard_is_told_what_the_log_says(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(tiny(), tmp_path, device="cpu", tracker="tensorboard")
+    (events,) = [path for path in run.path.parent.rglob("events.out*") if path.parent.name == run.recipe.name]
+    told = EventAccumulator(str(events.parent)).Reload()
+    log = log_of(run)
+    for name in ("loss", "val_accuracy", "learning_rate", "grad_norm"):
+        assert [one.step for one in told.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose([one.value for one in told.Scalars(name)], log[name], rtol=1e-6)

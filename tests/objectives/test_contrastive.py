@@ -73,3 +73,11 @@ def test_a_head_of_another_kind_is_refused(make_recipe: Make) -> None:
     encoder = build_encoder(recipe, facts)
     with pytest.raises(ValueError, match="The contrastive task needs its Head, got NoneType"):
         Objective(recipe, encoder, None)
+
+
+def test_against_lightly(generator: Callable[[str], torch.Generator]) -> None:
+    lightly = pytest.importorskip("lightly.loss")
+    first, second = torch.randn(2, BATCH, DIM, generator=generator("views"), dtype=torch.float64)
+    for temperature in (0.1, 0.5):
+        expected = float(lightly.NTXentLoss(temperature=temperature)(first, second))
+        assert float(nt_xent(first, second, temperature)) == pytest.approx(expected, rel=1e-12)

@@ -101,3 +101,21 @@ def test_a_head_of_another_kind_is_refused(make_recipe: Make) -> None:
     recipe, facts = make_recipe()
     with pytest.raises(ValueError, match="The dino task needs its Head, got Linear"):
         dino.Objective(recipe, build_encoder(recipe, facts), torch.nn.Linear(2, 2))
+
+
+def test_against_lightly(make_recipe: Make, generator: Callable[[str], torch.Generator]) -> None:
+    lightly = pytest.importorskip("lightly.loss")
+    objective, encoder, head = parts(make_recipe)
+    peer = lightly.DINOLoss(
+        output_dim=len(head.centre), teacher_temp=dino.TEACHER_TEMPERATURE, student_temp=dino.STUDENT_TEMPERATURE,
+        center_momentum=dino.CENTRE_MOMENTUM,
+    ).double()  # fmt: skip
+    images, labels, noise, other = batch_of(generator)
+    with torch.no_grad():
+        teacher = [head.teacher_projection(head.teacher.encode(view).summary) for view in (images, other)]
+        student = [head.projection(encoder.encode(view).summary) for view in (images, other)]
+        for _ in range(3):  # the centre moves
+            expected = float(peer(teacher, student))
+            assert float(objective(images, labels, noise, other).total) == pytest.approx(expected, rel=1e-6)
+            # rel 1e-6: lightly rounds the teacher's temperature to float32.
+            torch.testing.assert_close(head.centre, peer.center.flatten(), rtol=1e-12, atol=1e-15)
