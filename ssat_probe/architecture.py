@@ -84,17 +84,17 @@ def timm_model(name: str, source: Source, num_classes: int | None, **more: Any) 
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         said = str(error).strip().split("\n")[0]
         if "img_size" in options and "unexpected keyword argument 'img_size'" in said:
-            return _of_any_size(name, options, error)
+            return _of_any_size(name, options)
         raise ValueError(f"timm:{name} must be made with {options or 'no options'}, but timm says: {said}") from error
 
 
-def _of_any_size(name: str, options: dict[str, Any], error: Exception) -> nn.Module:
-    """A model that takes images of any size, such as PVT, which is told the size that it will be shown."""
-    size = options["img_size"]
-    model = timm.create_model(name, **{key: value for key, value in options.items() if key != "img_size"})
-    if not any("attn" in path for path, _ in model.named_modules()):
+def _of_any_size(name: str, options: dict[str, Any]) -> nn.Module:
+    """A model that takes images of any size, such as PVT and ConvNets, which is told the size that it will be shown."""
+    try:
+        model = timm.create_model(name, **{key: value for key, value in options.items() if key != "img_size"})
+    except TypeError as error:
         raise ValueError(f"timm:{name} must be made with {options}, but timm says: {error}") from error
-    model.img_size = size
+    model.img_size = options["img_size"]
     return model
 
 

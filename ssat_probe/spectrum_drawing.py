@@ -60,11 +60,11 @@ def summary(table: DataFrame) -> DataFrame:
             by_method = rows_by(one, method)
             costs = {name: _cell(by_method, name) for name in ("wasserstein", "products_used", "seconds")}
             shown = _summary(by_method)
-            del shown["lambda_ratio"], shown["trace"]
-            rows.append({"checkpoint": checkpoint, "by": method} | shown | costs)
+            kept = {name: cell for name, cell in shown.items() if name not in ("lambda_ratio", "trace")}
+            rows.append({"checkpoint": checkpoint, "by": method} | kept | costs)
         if not methods:
             rows.append({"checkpoint": checkpoint} | _summary(one))
-    return DataFrame(rows)
+    return DataFrame(rows).fillna("")  # of methods that do not give a quantity
 
 
 def _summary(one: DataFrame) -> dict[str, str]:

@@ -65,14 +65,16 @@ def test_models_of_timm_by_name() -> None:
     assert (model.patch_embed.grid_size, model.num_classes) == ((4, 4), 5)
     with pytest.raises(ValueError, match=r"got 'vit_tinny_patch16_224'\. Did you mean 'vit_tiny_patch16_224'\?"):
         timm_model("vit_tinny_patch16_224", Source(), None)
-    with pytest.raises(ValueError, match=r"timm:resnet18 must be made with .*'img_size': \(32, 32\).* but timm says: "):
-        timm_model("resnet18", Source(img_size=(32,)), None)
+    for size in ((), (32,)):
+        with pytest.raises(ValueError, match=r"timm:resnet18 must be made with .*'patch_size': 4.* but timm says: "):
+            timm_model("resnet18", Source(img_size=size, patch_size=(4,)), None)
 
 
 def test_models_of_any_size_are_told_theirs() -> None:
-    model = timm_model("pvt_v2_b0", Source(img_size=(64, 96)), 5)
-    assert model.img_size == (64, 96)
-    assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5)
+    for name in ("pvt_v2_b0", "resnet10t"):
+        model = timm_model(name, Source(img_size=(64, 96)), 5).eval()
+        assert model.img_size == (64, 96)
+        assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ def test_summary_has_a_row_per_checkpoint_and_method(compared):
     assert (shown.loc[shown["by"] == "exact", "wasserstein"] == "0").all()
 
 
+def test_mini_batches_stand_beside_spectra_with_cells_of_their_own(checkpoints):
+    found = table({"ssat": checkpoints["ssat"]}, compare=("lanczos", "batches", "pyhessian"))
+    shown = hessian.Probe().summary(found).set_index("by")
+    assert shown.loc["batches", "nep"] != ""
+    assert shown.loc["batches", "lambda_max"] == shown.loc["lanczos", "nep"] == ""
+    assert not shown.isin(["nan"]).any(axis=None)
+    assert shown.notna().all(axis=None)
+    hessian.Probe().draw(found).canvas.draw()
+
+
 def test_mini_batches(checkpoints):
     found = table(checkpoints, method="batches")
     figure = hessian.Probe().draw(found)

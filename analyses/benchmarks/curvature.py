@@ -1,10 +1,12 @@
 """Curvature against its peers: products, eigenvalues, exact spectra, negative part, growth of the cost.
 
 Run: make benchmark-curvature; parts: python analyses/benchmarks/curvature.py product eigenvalues exact negative scaling
-Takes some 15 to 30 minutes on 2 cores (its parts were run apart); nothing to download. Peers come with
-pip install '.[benchmark]'; one that is missing is left out with a line that says so. Ways take turns within one process
-tree. Writes curvature.csv, .md, .png and .json into figures/benchmark_curvature; parts that were not asked for keep
-what stands there.
+With --keep, parts that stand in figures/benchmark_curvature already are not measured again: an interrupted run goes on.
+Takes some 15 to 25 minutes on 2 free cores (its parts were run apart); nothing to download. Peers come with
+pip install '.[benchmark]'; one that is missing or fails is left out with a line that says so, and a part that fails
+leaves the others, and what stood there of it, alone; the exit status is then 1. Ways take turns within one process
+tree. Writes curvature.csv, .md, .png and .json into figures/benchmark_curvature after every part; parts that were not
+asked for keep what stands there.
 """
 
 import datetime
@@ -14,6 +16,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 
+from ssat_probe.table import write_atomically
+
 PARTS = ("product", "eigenvalues", "exact", "negative", "scaling")
 OUT = Path(__file__).parents[2] / "figures" / "benchmark_curvature"
 
@@ -35,26 +40,45 @@ def module_of(part: str) -> Any:
     return importlib.import_module(f"curvature_{part}")
 
 
-def main(parts: list[str]) -> None:
-    """Measure the parts asked for and write everything."""
+def main(words: list[str]) -> None:
+    """Measure the parts asked for and write everything after each of them."""
+    parts = [word for word in words if word != "--keep"]
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise SystemExit(f"Parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}.")
+        raise SystemExit(f"Parts must be among {', '.join(PARTS)} (and --keep), got {', '.join(unknown)}.")
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / "curvature.csv"
     table = pd.read_csv(path) if path.is_file() else DataFrame({"part": []})
-    record = json.loads((OUT / "curvature.json").read_text()) if path.is_file() else {}
+    record = json.loads((OUT / "curvature.json").read_text(encoding="utf-8")) if path.is_file() else {}
+    failed = []
     for part in parts or PARTS:
+        if "--keep" in words and part in record:
+            print(f"{part}: stands there, of {record[part]['date']}")
+            continue
         started = time.perf_counter()
-        rows = [{"part": part} | row for row in module_of(part).measure()]
+        try:
+            rows = [{"part": part} | row for row in module_of(part).measure()]
+        except Exception:  # the other parts have nothing to do with it
+            traceback.print_exc()
+            failed.append(part)
+            continue
         table = pd.concat([table[table["part"] != part], DataFrame(rows)], ignore_index=True)
         record[part] = machine() | {"seconds": round(time.perf_counter() - started, 1)}
-        print(f"{part}: {record[part]['seconds']} s")
-        table.to_csv(path, index=False)
-        (OUT / "curvature.json").write_text(json.dumps(record, indent=2) + "\n")
-    (OUT / "curvature.md").write_text(markdown(table, record), encoding="utf-8")
+        print(f"{part}: {record[part]['seconds']} s", flush=True)
+        write(table, record)
+    if len(table):
+        write(table, record)
+        print((OUT / "curvature.md").read_text(encoding="utf-8"))
+    if failed:
+        raise SystemExit(f"Failed, and left as they stood: {', '.join(failed)}.")
+
+
+def write(table: DataFrame, record: dict[str, Any]) -> None:
+    """Numbers, then what is made of them: a fault in a drawing loses none."""
+    write_atomically(OUT / "curvature.csv", table.to_csv(index=False))
+    write_atomically(OUT / "curvature.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(OUT / "curvature.md", markdown(table, record))
     draw(table)
-    print((OUT / "curvature.md").read_text(encoding="utf-8"))
 
 
 def machine() -> dict[str, Any]:

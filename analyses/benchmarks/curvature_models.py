@@ -132,6 +132,7 @@ def small(num_images: int = 256, steps: int = 200) -> Task:
     return Task(f"ViT of {num:,} parameters", model.double().eval(), source.images.double(), source.labels)
 
 
+@cache
 def peer(name: str) -> ModuleType | None:
     """A peer's module, or None and a line that says how to get it."""
     import importlib
@@ -143,6 +144,15 @@ def peer(name: str) -> ModuleType | None:
             return importlib.import_module(name)
     except ImportError:
         print(f"{name} is not installed and is left out: pip install '.[benchmark]'")
+        return None
+
+
+def attempted(name: str, way: Callable[[], Any]) -> Any:
+    """What a peer gives, or None and a line that says why not: its faults take nothing else away."""
+    try:
+        return way()
+    except Exception as error:
+        print(f"{name} fails and is left out: {type(error).__name__}: {str(error)[:200]}")
         return None
 
 
@@ -164,12 +174,15 @@ def seconds_of(way: Callable[[], Any]) -> float:
 
 
 def alternating(ways: dict[str, Callable[[], Any]], repeats: int) -> Iterator[tuple[str, int, float]]:
-    """Seconds of each way, in turns, so that a busy machine disturbs all alike; the first turn only warms up."""
-    for repeat in range(repeats + 1):
+    """Seconds of each way, in turns, so that a busy machine disturbs all alike; the first turn only warms up.
+
+    A way that fails there is left out.
+    """
+    first = {name: attempted(name, lambda way=way: seconds_of(way)) for name, way in ways.items()}
+    for repeat in range(repeats):
         for name, way in ways.items():
-            seconds = seconds_of(way)
-            if repeat:
-                yield name, repeat - 1, seconds
+            if first[name] is not None:
+                yield name, repeat, seconds_of(way)
 
 
 def random_vectors(size: int, num: int = 1, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from curvature_models import Row, Task, alternating, nano, peer, random_vectors, tiny
+from curvature_models import Row, Task, alternating, attempted, nano, peer, random_vectors, tiny
 from matplotlib.axes import Axes
 from pandas import DataFrame
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,21 +43,27 @@ def _ways(task: Task, cached: Any) -> dict[str, Callable[[], Any]]:
     for num in BATCHED[task.name]:
         vectors = random_vectors(size, num)
         ways[f"batched {num}"] = lambda vectors=vectors: cached.products(vectors)
-    if peer("pyhessian"):
-        ways["PyHessian"] = _pyhessian(task)
-    if curvlinops := peer("curvlinops"):
-        parameters = list(task.parameters.values())
-        loss = torch.nn.CrossEntropyLoss()
-        data = [(task.images, task.labels)]
-        theirs = curvlinops.HessianLinearOperator(task.model, loss, parameters, data, check_deterministic=False)
-        single = vector.to(parameters[0].dtype)
-
-        def multiply() -> Any:
-            with sdpa_kernel(SDPBackend.MATH):
-                return theirs @ single
-
-        ways["curvlinops"] = multiply
+    peers = {"PyHessian": ("pyhessian", _pyhessian), "curvlinops": ("curvlinops", _curvlinops)}
+    for name, (module, make) in peers.items():
+        if peer(module) and (way := attempted(name, lambda make=make: make(task))):
+            ways[name] = way
     return ways
+
+
+def _curvlinops(task: Task) -> Callable[[], Any]:
+    """Its product, in the dtype of the model."""
+    import curvlinops
+
+    parameters, data = list(task.parameters.values()), [(task.images, task.labels)]
+    loss = torch.nn.CrossEntropyLoss()
+    theirs = curvlinops.HessianLinearOperator(task.model, loss, parameters, data, check_deterministic=False)
+    single = random_vectors(sum(one.numel() for one in parameters))[0].to(parameters[0].dtype)
+
+    def multiply() -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return theirs @ single
+
+    return multiply
 
 
 def _pyhessian(task: Task) -> Callable[[], Any]:

@@ -22,8 +22,8 @@ SAFETY = 1.2  # scale in units of the smallest that converges; ours, for a λmax
 PILOT_STEPS = 40  # of the Lanczos runs that calibrate; both ends of a network's Hessian are found by then
 BATCH_STEPS = 15  # of those that find λmax of a mini-batch; the largest eigenvalue comes first
 CHECK_EVERY = 25  # stochastic steps between two true residuals; tuned, no source
-INNER = 1e-6  # residual of LiSSA below Lanczos: far below the share of one direction in a random vector, 1/√n; ours
-INNER_ROUNDINGS = 40  # the same in machine epsilons of the products, which allow no less; ours
+INNER = 3e-3  # residual of LiSSA below Lanczos over 1/√n, the share of one of n directions in a random vector; ours
+INNER_ROUNDINGS = 40  # the same at least, in machine epsilons of the products, which allow no less; ours
 _GROWN = 10  # a residual this many times the least one so far is divergence
 _ROUNDING = 1e-4  # ... unless it is as small as this, where products of float32 may leave it to wander; ours
 _STALLED = 20  # steps without a smaller residual, among those, end the recursion; ours
@@ -340,8 +340,8 @@ def inverse_eigenvalues(
         size: Dimension.
         calibration: From `calibrate`.
         steps: Of the outer Lanczos run; each takes as many products as LiSSA needs.
-        tolerance: Of the true residual of each inner solution; None means ``INNER``, or what the precision allows. One
-            direction of n is a share of 1/√n of the start vector, and much worse solutions would drown it.
+        tolerance: Of the true residual of each inner solution; None means ``INNER`` / √n, or what the precision allows:
+            one direction of n is a share of 1/√n of the start vector, and worse solutions would drown it.
         precision: Machine epsilon of the products.
         seed: Of the start vector.
         device: Where vectors live.
@@ -351,7 +351,7 @@ def inverse_eigenvalues(
         Values with certain intervals (infinite where the residual says nothing), and products in all.
     """
     spent, worst = 0, 0.0
-    tolerance = max(INNER, INNER_ROUNDINGS * precision) if tolerance is None else tolerance
+    tolerance = max(INNER * size**-0.5, INNER_ROUNDINGS * precision) if tolerance is None else tolerance
 
     def inverse(vector: Tensor) -> Tensor:
         nonlocal spent, worst

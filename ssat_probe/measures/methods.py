@@ -284,6 +284,7 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
         {"quantity": "negative_fraction", "tau": 0.0, "value": float(weights @ (values < 0))},
         {"quantity": "trace", "value": operator.size * float(weights @ values), "unit": "loss"},
         {"quantity": "damping", "value": calibration.damping, "unit": "loss"},
+        {"quantity": "damping_koh_liang", "value": calibration.in_convention("koh_liang")[0]},
         {"quantity": "scale", "value": calibration.scale, "unit": "loss"},
         {"quantity": "inner_residual", "value": found.worst_residual},
         *(_solver_rows(operator, calibration, settings) if settings.solvers else ()),

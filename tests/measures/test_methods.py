@@ -124,6 +124,8 @@ def test_lissa_alone_shows_every_solver_on_one_right_hand_side(operator):
         assert entry_of(rows, f"inverse_residual_{solver}")["converged"] == 1
         assert entry_of(rows, f"inverse_products_{solver}")["value"] >= 1
     assert entry_of(rows, "inverse_residual_lissa_batches")["value"] < 1
+    damping, scale = entry_of(rows, "damping")["value"], entry_of(rows, "scale")["value"]
+    assert entry_of(rows, "damping_koh_liang")["value"] == damping / scale  # their recursion adds it times scale
 
 
 class StopError(Exception):
