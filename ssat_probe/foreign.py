@@ -28,7 +28,7 @@ from ssat_probe.checkpoint import (
 from ssat_probe.container import open_content, take_state
 from ssat_probe.data import open_dataset
 from ssat_probe.formats import Converted, detect
-from ssat_probe.hierarchy import MARK, inferred_swin
+from ssat_probe.hierarchy import inferred_cvt, inferred_swin, kind_of
 from ssat_probe.images import Facts
 from ssat_probe.preparation import Preparation
 from ssat_probe.source import Source
@@ -164,11 +164,12 @@ def _of_file(
     converted: Converted = registry.load("formats", layout).convert(state)
     num_classes = num_classes_of(converted.encoder)
     classes = _classes(source.trained_on, data_dir, num_classes)
-    name = source.model.removeprefix(TIMM)
+    name, kind = source.model.removeprefix(TIMM), kind_of(converted.encoder)
+    inferred = {"Swin": inferred_swin, "CvT": inferred_cvt, "ViT": inferred_model}[kind]
 
     def make() -> nn.Module:
         if not name:
-            return (inferred_swin if MARK in converted.encoder else inferred_model)(converted, source)
+            return inferred(converted, source)
         is_pooled = "fc_norm.weight" in converted.encoder and "norm.weight" not in converted.encoder
         return timm_model(name, source, num_classes, **({"global_pool": "avg"} if is_pooled else {}))
 
@@ -185,8 +186,8 @@ def _of_file(
     report = dataclasses.replace(report, resized=report.resized | resized)
     config = resolve_model_data_config(model) if name else {"mean": converted.mean, "std": converted.std}
     label = f"{path.stem}-{entry}" if entry not in ("", "model", "state_dict") else path.stem
-    kind = "Swin" if MARK in converted.encoder else "ViT"
-    return _foreign(path, label, name or f"{layout} {kind}", classes, model, make, decoder, report, config, source)
+    told = kind if layout == kind.lower() else f"{layout} {kind}"
+    return _foreign(path, label, name or told, classes, model, make, decoder, report, config, source)
 
 
 def _told(content: Any, source: Source) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Source:
     "Height and width of a patch for foreign weights, or one number; empty means their own."
 
     heads: int = 0
-    "Attention heads of a block of foreign weights; 0 means what their model or the usual width of a head (64) says."
+    "Attention heads of a block of foreign weights (CvT: of stage 0); 0 means what they say, or a width of 64."
 
     entry: str = ""
     "Entry of a foreign file to read, such as model, state_dict_ema or student; empty means the best there is."

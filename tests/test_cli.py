@@ -108,8 +108,8 @@ def test_a_checkpoint_of_another_model(refused: Run, checkpoints: Paths, tmp_pat
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "linear.pt")
     assert refused("accuracy", "--ckpt", "linear.pt") == (
         "linear.pt must be a checkpoint written by ssat-probe (format ssat-probe/1) or weights in one of the formats "
-        "dino, huggingface, lucidrains, mae, simmim, swin, timm, videomae, got a file with: weight, bias; if it holds "
-        "a model of timm's, name it with --model timm:NAME."
+        "cvt, dino, huggingface, lucidrains, mae, simmim, swin, timm, videomae, got a file with: weight, bias; if it "
+        "holds a model of timm's, name it with --model timm:NAME."
     )
     one = load_checkpoint(checkpoints["ssat"])
     content = torch.load(checkpoints["ssat"], weights_only=True)

@@ -107,9 +107,7 @@ def test_hierarchical_models_load_by_their_names(tmp_path: Path) -> None:
 
 def test_what_no_format_knows_is_named(tmp_path: Path, saved: Path) -> None:
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "linear.pt")
-    with pytest.raises(
-        ValueError, match=r"linear\.pt must be a checkpoint written by .* formats dino, .* weight, bias"
-    ):
+    with pytest.raises(ValueError, match=r"linear\.pt must be a checkpoint written by .* formats cvt, .* weight, bias"):
         open_weights(tmp_path / "linear.pt")
     with pytest.raises(ValueError, match=r"tiny\.safetensors: The weights must fill the model .* got "):
         open_weights(saved, Source(model="timm:vit_small_patch16_224", img_size=(32,)))

@@ -53,7 +53,7 @@ def test_logits_are_timms_own(
     assert (foreign.report.layout, foreign.report.fraction) == ("swin", 1.0)
     assert foreign.report.unexpected == foreign.report.missing == ()
     assert len(foreign.report.dropped) == (4 if is_official else 0)
-    assert foreign.recipe.model == "swin Swin"
+    assert foreign.recipe.model == "Swin"
 
 
 def test_tables_of_another_window_are_resampled_when_asked(swin: SwinTransformer, opened: Open) -> None:
