@@ -3,24 +3,28 @@
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ssat_probe.unfolding import MOST_NESTED, MOST_SHARING, unfold
 
 MOST_UNFOLDED = (2**30, 100)
 "What an archive may unfold into: bytes, or times its own size, whichever is more. Tuned: pictures deflate to a half."
 
 
 def check_declared_size(path: Path) -> None:
-    """Refuse a file that would unfold into more than it holds: a zip bomb, or a tensor longer than its file.
+    """Refuse a file that would unfold into more than it holds: a zip bomb, a tensor longer than its file, endless keys.
 
-    Files of torch and safetensors are not compressed, so what they declare can never exceed what lies on disk.
+    Files of torch and safetensors are not compressed, so what they declare can never exceed what lies on disk. The
+    values of their pickles may be used again, but not so often that a walk over them has no end.
 
     Args:
         path: A zip archive or a pickle; anything else passes, its reader will say what is wrong.
 
     Raises:
-        ValueError: If the declared size exceeds the file's.
+        ValueError: If the declared size exceeds the file's, or its pickle unfolds into too many values.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -31,6 +35,35 @@ def check_declared_size(path: Path) -> None:
             f"{path} must declare no more bytes than the {size:,} it has, got {declared:,}; it would fill the memory "
             "when opened, so it was not: get the file again from whom you trust."
         )
+    _check_pickles(path, is_zip)
+
+
+def _check_pickles(path: Path, is_zip: bool) -> None:
+    """Refuse values within values without end, before a dictionary asks for the hash of one."""
+    try:
+        with zipfile.ZipFile(path) if is_zip else path.open("rb") as file:
+            pickles: list[Any] = [file] * 4  # magic number, protocol, system, content
+            if isinstance(file, zipfile.ZipFile):
+                pickles = [file.open(name) for name in file.namelist() if name.endswith("data.pkl")]
+            for one in pickles:
+                most = MOST_SHARING * path.stat().st_size
+                found = unfold(_Bounded(one, path.stat().st_size), most)  # type: ignore[arg-type]
+                if found.size > most or found.depth > MOST_NESTED:
+                    raise _EndlessError
+    except _EndlessError as error:
+        raise ValueError(
+            f"{path} must unfold into at most {MOST_SHARING} values for each of its {path.stat().st_size:,} bytes, "
+            f"nested at most {MOST_NESTED} deep, got more; opening it might never end, so it was not opened: get the "
+            "file again from whom you trust."
+        ) from error
+    except (ValueError, LookupError, OverflowError, EOFError, OSError, RuntimeError, NotImplementedError, zlib.error):
+        return  # no pickle, or a damaged one: its reader will say so
+    except (zipfile.BadZipFile, struct.error):
+        return
+
+
+class _EndlessError(Exception):
+    """A pickle unfolds into too much."""
 
 
 def check_unfolded_size(path: Path) -> None:

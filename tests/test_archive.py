@@ -78,3 +78,46 @@ def test_names_in_a_message_are_few_and_short() -> None:
     assert shown({"a": 1, "b" * 10**6: 2}) == f"a, {'b' * 57}..."
     assert (shown({}), shown([1])) == ("nothing", "list")
     assert few(range(9), most=2) == "0, 1"
+
+
+def endless(kind: str) -> bytes:
+    """A pickle whose dictionary would ask for a hash that takes forever, or goes too deep for Python's own stack."""
+    head, doubled = b"\x80\x02", b"h\x00\x86q\x00"  # what is on top, twice
+    chain = b"K\x01\x85q\x00" + doubled * 60
+    pairs = b"ccollections\nOrderedDict\n](h\x00K\x01\x86e\x85R."
+    return {
+        "key": head + b"}" + chain + b"K\x01s.",
+        "keys": head + b"}(" + chain + b"K\x01u.",
+        "pairs": head + chain + pairs,
+        "storage": head + b"(X\x07\x00\x00\x00storageK\x01" + chain + b"K\x01K\x01tQ.",
+        "deep": head + b"}K\x01" + b"\x85" * 10**6 + b"K\x01s.",
+        "value": head + b"}K\x01" + chain + b"s.",
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["key", "keys", "pairs", "storage", "deep", "value"])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_keys_whose_hash_would_take_forever_are_not_built(tmp_path: Path, kind: str, *, is_zip: bool) -> None:
+    path = tmp_path / "endless.pt"
+    if is_zip:
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "honest.pt")
+        with zipfile.ZipFile(tmp_path / "honest.pt") as old, zipfile.ZipFile(path, "w") as new:
+            for entry in old.infolist():
+                name = entry.filename
+                new.writestr(name, endless(kind) if name.endswith("data.pkl") else old.read(entry))
+    else:
+        before = [pickle.dumps(one, protocol=2) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        path.write_bytes(b"".join(before) + endless(kind))
+    with pytest.raises(
+        ValueError, match=r"endless\.pt must unfold into at most 100 values for each of its .* got more"
+    ):
+        open_content(path)
+
+
+def test_honest_files_use_their_values_again(tmp_path: Path) -> None:
+    shared = {"lr": 1e-3, "betas": (0.9, 0.999), "names": [f"blocks.{i}" for i in range(12)]}
+    state = {f"blocks.{i}.weight": torch.zeros(3, 3) for i in range(48)}
+    content = {"model": state, "groups": [shared] * 100, "optimizer": {"state": {i: state for i in range(48)}}}
+    for is_zip in (True, False):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+        assert len(open_content(tmp_path / "a.pt")["groups"]) == 100
