@@ -41,8 +41,8 @@ class Checkpoint:
     "Of the data it was trained on."
     stage: str
     "Stage of the training at whose end, or in which, the weights were taken."
-    epoch: int
-    "Epochs of that stage that had been finished."
+    epoch: int | float
+    "Epochs of that stage that had been finished; a fraction within one."
     state: dict[str, Tensor]
     "Encoder and head under timm's names; the decoder, where there is one, behind ``decoder.``."
 

@@ -45,7 +45,9 @@ def train(
     device: str = "",
     tracker: str = "",
     snapshots: bool = False,
+    snapshot_steps: bool = False,
     gradients_every: int = 0,
+    pictures_every: int = 0,
     plan: bool = False,
 ) -> None:
     """Train a model: from scratch, SSL+FT or SSAT.
@@ -61,7 +63,9 @@ def train(
         device: cpu, or empty for the fastest there is.
         tracker: A tracker of accelerate to log to as well, such as tensorboard.
         snapshots: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... epochs of each stage.
+        snapshot_steps: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... steps of each stage.
         gradients_every: Log the cosine between the gradients of classification and task every so many steps of ssat.
+        pictures_every: Draw what the decoder makes of the same eight images in every so many epochs.
         plan: Print the budget and stop.
 
     Raises:
@@ -81,7 +85,8 @@ def train(
     with terminal.progress() as progress, terminal.warnings_said():
         checkpoint = training.train(
             recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            snapshots=snapshots, gradients_every=gradients_every, execution=execution, supply=supply,
+            snapshots=snapshots, snapshot_steps=snapshot_steps, pictures_every=pictures_every,
+            gradients_every=gradients_every, execution=execution, supply=supply,
             progress=progress,
         )  # fmt: skip
     terminal.say(f"Wrote {checkpoint.path}")

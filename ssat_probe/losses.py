@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssat_probe.patches import Features, patchify
+from ssat_probe.patches import Features, patchify, unpatchify
 
 
 class Losses(NamedTuple):
@@ -88,6 +88,35 @@ def target_of(
         return target
     mean, variance = target.mean(dim=2, keepdim=True), target.var(dim=2, keepdim=True)
     return (target - mean) / (variance + 1e-6).sqrt()
+
+
+def reconstructed(
+    encoder: Any,
+    decoder: nn.Module,
+    images: Float[Tensor, "batch channel height width"],
+    mask: Bool[Tensor, "batch token"],
+    norm_pix: bool,
+) -> Float[Tensor, "batch channel height width"]:
+    """Images whose hidden patches are what the decoder makes of the visible ones.
+
+    Args:
+        encoder: Encodes the visible patches.
+        decoder: Predicts every patch from them.
+        images: Normalised images.
+        mask: True at hidden patches.
+        norm_pix: The decoder predicts pixels normalised within each patch, whose own mean and deviation are put back.
+
+    Returns:
+        Normalised images; visible patches as they are.
+    """
+    features = encoder.encode(images, mask)
+    patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
+    patches = patchify(images, patch_size)
+    decoded = decoder(features).to(patches.dtype)
+    if norm_pix:
+        mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
+        decoded = decoded * (variance + 1e-6).sqrt() + mean
+    return unpatchify(torch.where(mask.to(images.device)[:, :, None], decoded, patches), patch_size, features.grid)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

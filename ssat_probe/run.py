@@ -213,17 +213,18 @@ def snapshot_epochs(num_epochs: int) -> list[int]:
     return sorted({0, num_epochs, *(epoch for epoch in powers if epoch <= num_epochs)})
 
 
-def write_snapshot(run: Run, stage: str, epoch: int) -> None:
+def write_snapshot(run: Run, stage: str, epoch: int | float, step: int | None = None) -> None:
     """Write the weights as they are as a checkpoint of its own, from the main process.
 
     Args:
         run: Whose weights.
         stage: That is going on.
-        epoch: Epochs of it that are finished.
+        epoch: Epochs of it that are finished; a fraction where it is one of the snapshots by step.
+        step: Steps of it that are finished, of one of those.
     """
     if run.accelerator.is_main_process:
         weights = state_of(run.encoder, run.decoder if run.recipe.reconstructs else None)
-        path = snapshot_path(run.folder, stage, epoch)
+        path = snapshot_path(run.folder, stage, int(epoch)) if step is None else step_path(run.folder, stage, step)
         save_checkpoint(Checkpoint(path, run.recipe, run.facts, stage, epoch, weights))
 
 
@@ -241,17 +242,39 @@ def snapshot_path(folder: Path, stage: str, epoch: int) -> Path:
     return folder / "snapshots" / f"{stage}-{epoch:05d}.pt"
 
 
-def refuse_without_snapshots(recipe: Recipe, folder: Path) -> None:
+def step_path(folder: Path, stage: str, step: int) -> Path:
+    """Where a snapshot by step lies; the names of a stage sort by step.
+
+    Args:
+        folder: Of the run.
+        stage: Of the training.
+        step: Finished steps of that stage.
+
+    Returns:
+        The path.
+    """
+    return folder / "steps" / f"{stage}-{step:08d}.pt"
+
+
+def refuse_without_snapshots(recipe: Recipe, folder: Path, *, by_step: bool = False) -> None:
     """Say so where a finished run was asked for snapshots that it did not keep.
 
     Args:
         recipe: Of the run.
         folder: Of the run.
+        by_step: Whether those by step are asked for, of which the first one is looked for.
 
     Raises:
         ValueError: If one is missing.
     """
     for stage, num_epochs in recipe.stage_epochs.items():
+        if by_step and not (path := step_path(folder, stage, 0)).is_file():
+            raise ValueError(
+                f"{path} must be there for --snapshot-steps, got a finished run that did not keep it; choose another "
+                "folder with --out, or remove the run that is there."
+            )
+        if by_step:
+            continue
         for epoch in snapshot_epochs(num_epochs)[: None if recipe.patience is None else 1]:  # it may have ended early
             path = snapshot_path(folder, stage, epoch)
             if not path.is_file():

@@ -30,6 +30,7 @@ from ssat_probe.loading import LoadedBatch, batches, epoch_order
 from ssat_probe.meter import Meter
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.optimisation import build_optimiser
+from ssat_probe.pictures import check_pictures, write_pictures
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
     Run,
@@ -63,7 +64,9 @@ def train(
     workers: int = 2,
     save_every_s: float = 10.0,
     snapshots: bool = False,
+    snapshot_steps: bool = False,
     gradients_every: int = 0,
+    pictures_every: int = 0,
     execution: Execution = Execution(),
     supply: Supply = Supply(),
     progress: Progress = lambda done, total, text: None,
@@ -84,8 +87,10 @@ def train(
         workers: Processes that decode images, where images are files.
         save_every_s: Seconds between two saves of the training state.
         snapshots: Keep checkpoints along the run as well, ``snapshots/<stage>-<epoch>.pt``, closest at its beginning.
+        snapshot_steps: The same by steps instead of epochs, ``steps/<stage>-<step>.pt``.
         gradients_every: Compare the gradients of classification and task in every so many steps of ssat, and log their
             cosine and norms; 0 means never. The training stays the same.
+        pictures_every: Draw what the decoder makes of some images in every so many epochs; 0 means never.
         execution: How it is carried out, which is no matter for what it computes but for rounding.
         supply: Where the electricity comes from, if ``cost.json`` is to say what it emits.
         progress: Called after each step.
@@ -98,6 +103,7 @@ def train(
             state stays as it was.
     """
     _check_looks(recipe, gradients_every)
+    check_pictures(recipe, pictures_every)
     dataset = open_dataset(recipe.data, data_dir, download, recipe.img_size)
     recipe = resolve(recipe, dataset.facts)
     folder = Path(out) / recipe.name
@@ -107,6 +113,8 @@ def train(
         refuse_other(checkpoint.recipe, recipe, path)
         if snapshots:
             refuse_without_snapshots(recipe, folder)
+        if snapshot_steps:
+            refuse_without_snapshots(recipe, folder, by_step=True)
         return checkpoint
     if recipe.select_on == "test":
         warnings.warn(
@@ -133,6 +141,9 @@ def train(
         saved = None
         if snapshots and state.epoch == state.step == 0:
             write_snapshot(run, stage, 0)
+        if snapshot_steps and state.epoch == state.step == 0:
+            write_snapshot(run, stage, 0, step=0)
+        step_grid = snapshot_epochs(num_epochs * per_epoch) if snapshot_steps else []
         while state.epoch < num_epochs:
             started = time.monotonic()
             for loaded in _epoch_batches(run, before + state.epoch, state):
@@ -152,6 +163,9 @@ def train(
                 for name, value in {**sums, "seconds": seconds, "data_wait_s": waited, **run.meter.lap()}.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
+                done = state.epoch * per_epoch + state.step
+                if done in step_grid:
+                    write_snapshot(run, stage, done / per_epoch, step=done)
                 progress(global_step + 1, total_steps, f"{stage} {state.epoch + 1}/{num_epochs}")
                 if time.monotonic() - last_save > save_every_s:
                     save_state(run, state, optimiser, average)
@@ -166,6 +180,8 @@ def train(
                 keep_best(run, state, stage)
             if snapshots and state.epoch in snapshot_epochs(num_epochs):
                 write_snapshot(run, stage, state.epoch)
+            if pictures_every and (state.epoch % pictures_every == 0 or state.epoch == num_epochs):
+                write_pictures(run, stage, state.epoch)
             run.meter.lap()  # what is between the steps of two epochs is no step's
             if has_lost_patience(recipe, state, stage):
                 break

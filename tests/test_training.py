@@ -629,6 +629,30 @@ def test_snapshots_change_nothing_and_survive_a_stop(tmp_path: Path) -> None:
         train(recipe, tmp_path / "plain", device="cpu", snapshots=True)
 
 
+def test_snapshots_by_step_are_the_weights_after_those_steps(tmp_path: Path) -> None:
+    recipe, weights = tiny("ssl_ft"), {}
+    state = tmp_path / "kept" / recipe.name / "training_state.pt"
+
+    def progress(done: int, total: int, text: str) -> None:
+        if state.exists():  # as after the step before
+            weights[done - 1] = load_tensors(state, "a state")["model"]
+
+    kept = train(recipe, tmp_path / "kept", device="cpu", snapshot_steps=True, save_every_s=-1, progress=progress)
+    plain = train(recipe, tmp_path / "plain", device="cpu")
+    assert kept.hash == plain.hash
+    found = sorted((kept.path.parent / "steps").iterdir())
+    steps = [0, 1, 2, 3, 4, 6]
+    assert [path.name for path in found] == [f"{s}-{n:08d}.pt" for s in ("finetune", "pretrain") for n in steps]
+    for path in found:
+        one, step = load_checkpoint(path), int(path.stem[-8:])
+        assert (one.stage, one.epoch) == (path.stem[:-9], step / 3)
+        if one.stage == "pretrain" and step in weights:
+            assert all(torch.equal(one.state[name], value) for name, value in weights[step].items())
+    assert {1, 2, 4} <= weights.keys()
+    with pytest.raises(ValueError, match=r"steps/pretrain-00000000\.pt must be there for --snapshot-steps, got"):
+        train(recipe, tmp_path / "plain", device="cpu", snapshot_steps=True)
+
+
 # Weights of classification, choices among epochs, weights to begin with
 
 

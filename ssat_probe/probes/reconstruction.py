@@ -134,29 +134,21 @@ def _pictures(subject: "Subject", batch: "Batch", image: int) -> "DataFrame":
     from pandas import concat
 
     from ssat_probe.images import denormalise
+    from ssat_probe.losses import reconstructed
     from ssat_probe.patches import patchify, unpatchify
 
     recipe, mask = subject.checkpoint.recipe, subject.masks(batch)
-    hidden = mask.to(batch.images.device)[:, :, None]
-    with torch.no_grad():
-        features = subject.model.encode(batch.images, mask)
-        patch_size = tuple(size // count for size, count in zip(batch.images.shape[2:], features.grid, strict=True))
-        patches = patchify(batch.images, patch_size)
-        decoded = subject.decoder(features).to(patches.dtype) if subject.decoder is not None else None
-    if decoded is not None and recipe.norm_pix:  # back to the patch's own mean and deviation, which the target lost
-        mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
-        decoded = decoded * (variance + 1e-6).sqrt() + mean
-    whole = {"original": patches, "visible": patches}
-    if decoded is not None:
-        whole["predicted"] = torch.where(hidden, decoded, patches)
-
-    def image_of(values: "Tensor") -> "Tensor":
-        return unpatchify(values, patch_size, features.grid)
-
-    is_hidden = image_of(hidden.expand_as(patches).to(patches.dtype))  # of each channel the same
+    images, grid = batch.images, subject.model.grid
+    whole = {"original": images, "visible": images}
+    if subject.decoder is not None:
+        with torch.no_grad():
+            whole["predicted"] = reconstructed(subject.model, subject.decoder, images, mask, recipe.norm_pix)
+    patch_size = tuple(size // count for size, count in zip(images.shape[2:], grid, strict=True))
+    hidden = mask.to(images.device)[:, :, None].expand_as(patchify(images, patch_size))
+    is_hidden = unpatchify(hidden.to(images.dtype), patch_size, grid)  # of each channel the same
     parts = []
     for kind, values in whole.items():
-        colours = denormalise(image_of(values), subject.checkpoint.facts).clamp(0, 1)
+        colours = denormalise(values, subject.checkpoint.facts).clamp(0, 1)
         colours = torch.where(is_hidden > 0, torch.full_like(colours, _GREY), colours) if kind == "visible" else colours
         parts.append(_long(image, kind, _scaled(colours), _scaled(is_hidden)))
     return concat(parts, ignore_index=True)
