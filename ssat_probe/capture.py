@@ -62,8 +62,8 @@ def attention(
         reduce: Gets one operation at a time, in the order of the forward pass; what it does not keep is freed.
         only: Blocks to capture; empty means every block.
         is_checked: Compare weights @ values with what the operation itself returned. Costs another attention.
-        most_weights: Weights handed over at a time, in chunks of queries, which bounds the memory; 0 means a whole
-            operation.
+        most_weights: Weights handed over at a time, in chunks of images and, within a large image, of queries, which
+            bounds the memory; 0 means a whole operation.
 
     Yields:
         Largest absolute error of that comparison by block, filled while the model runs. NaN where the product with
@@ -130,7 +130,7 @@ def features(
         counts[site] += 1
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
         tokens = (tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)[:, skipped[site.stage] :]
-        if not tokens.isfinite().all():
+        if not (tokens.sum().isfinite() or tokens.isfinite().all()):  # the sum is quicker, and may overflow
             raise ValueError(
                 f"Features at site {site.name!r} of block {site.block} must be finite, got NaN or infinity. "
                 "Check the weights."

@@ -90,7 +90,7 @@ def arranged(seen: Attention, queries: Queries = "patch", keys: Keys = "patch") 
         raise ValueError(seen.place)
     layout = lay_out(seen.place, len(seen.rows), seen.num_queries, seen.rows.shape[3])
     num_windows, chunk = len(layout.query_kinds), slice(seen.first_query, seen.first_query + seen.rows.shape[2])
-    wanted = _wanted(layout.query_kinds, queries)[:, chunk].flatten()
+    wanted = _run(_wanted(layout.query_kinds, queries)[:, chunk].flatten())
     num_prefix = int((layout.key_kinds[0] == PREFIX).sum())
     first_key = num_prefix if keys == "patch" else 0
     counts = _counts(layout, chunk)[wanted][:, first_key:].to(seen.rows.device)
@@ -119,6 +119,13 @@ def _wanted(kinds: Tensor, queries: Queries) -> Tensor:
     if queries == "cls":
         return (kinds == PREFIX) & (torch.arange(kinds.shape[1]) == 0)
     return kinds != PADDING if queries == "all" else kinds == (PATCH if queries == "patch" else PREFIX)
+
+
+def _run(wanted: Tensor) -> Tensor | slice:
+    """As a slice, which copies nothing, if they follow one another."""
+    places = wanted.nonzero()[:, 0].tolist()
+    is_run = bool(places) and places[-1] - places[0] + 1 == len(places)
+    return slice(places[0], places[-1] + 1) if is_run else wanted
 
 
 def _counts(layout: Layout, chunk: slice) -> Tensor:

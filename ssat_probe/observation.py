@@ -12,7 +12,7 @@ from ssat_probe.measures.bootstrap import ImageStatistics
 from ssat_probe.subject import Subject
 
 MOST_WEIGHTS = 2**18
-"Attention weights looked at a time, in chunks of queries: a megabyte in float32. Tuned, no source."
+"Attention weights looked at a time, in chunks of images and queries: a megabyte in float32. Tuned, no source."
 
 MOST_MAPS = 2**23
 "Attention weights of all blocks together that are held at a time: 32 megabytes in float32. Tuned, no source."
@@ -22,7 +22,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum over queries, to be added up over the chunks; other values are one per query, and are put side by side."""
+    """A sum over queries per image, to be added up over the chunks; other values, one per query, are put side by side."""
 
     value: Tensor
 
@@ -63,13 +63,13 @@ def of_attention(
     finish: "Callable[[Values], tuple[Values, Values]] | None" = None,
     blocks: Sequence[int] = (),
 ) -> Observation:
-    """Reduce the attention of every block, a chunk of queries at a time.
+    """Reduce the attention of every block, a chunk of images and queries at a time.
 
     Args:
         subject: Its model is in eval mode.
         rows: What a chunk of attention gives: (image, head, query) per name, or a `Sum`.
-        finish: Value per image, and fraction undefined, from what all chunks of a batch gave; by default means over the
-            queries where a value is defined.
+        finish: Value per image, and fraction undefined, from what all chunks of an operation gave; by default means
+            over the queries where a value is defined.
         blocks: To look at; empty means all.
 
     Returns:
@@ -78,10 +78,15 @@ def of_attention(
     chosen = tuple(sorted(set(blocks))) or tuple(range(len(capture.blocks(subject.model))))
     seen = _nothing(subject, chosen)
     for batch in subject.batches():
-        parts: dict[int, list[Mapping[str, Tensor | Sum]]] = {block: [] for block in chosen}
+        groups: list[list[Mapping[str, Tensor | Sum]]] = []
 
-        def reduce(one: capture.Attention, parts: dict[int, list[Any]] = parts) -> None:
-            parts[one.block].append(rows(one))
+        def reduce(one: capture.Attention, ids: Tensor = batch.ids, groups: list[Any] = groups) -> None:
+            if one.first_query == 0:  # of the next images
+                groups.append([])
+            groups[-1].append(rows(one))
+            if one.is_last:
+                seen.statistics[one.block].add(ids, *(finish or over_queries)(_joined(groups)))
+                groups.clear()
 
         is_first = seen.num_images == 0
         with (
@@ -91,8 +96,6 @@ def of_attention(
             ) as errors,
         ):
             subject.model(batch.images)
-        for block, found in parts.items():
-            seen.statistics[block].add(batch.ids, *(finish or over_queries)(_joined(found)))
         seen.errors = dict(errors) if is_first else seen.errors
         seen.num_images += len(batch.images)
     return seen
@@ -194,12 +197,14 @@ def _nothing(subject: Subject, places: Iterable[Any]) -> Observation:
     return Observation(statistics, getattr(subject, "fingerprint", ""), getattr(subject, "setting", ""))
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor | Sum]]) -> Values:
-    """Values of all queries, from the chunks in which they came."""
-    joined: dict[str, Tensor] = {}
-    for name, one in parts[0].items():
-        if isinstance(one, Sum):
-            joined[name] = torch.stack([part[name].value for part in parts]).sum(0)  # type: ignore[union-attr]
-        else:
-            joined[name] = torch.cat([part[name] for part in parts], -1)  # type: ignore[misc]
-    return joined
+def _joined(groups: Sequence[Sequence[Mapping[str, Tensor | Sum]]]) -> Values:
+    """Values of all images and queries, from the chunks in which they came."""
+    joined: dict[str, list[Tensor]] = {}
+    for parts in groups:
+        for name, one in parts[0].items():
+            if isinstance(one, Sum):
+                value = torch.stack([part[name].value for part in parts]).sum(0)  # type: ignore[union-attr]
+            else:
+                value = torch.cat([part[name] for part in parts], -1)  # type: ignore[misc]
+            joined.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in joined.items()}

@@ -1,7 +1,7 @@
 """Where the queries and keys of an attention operation lie in the image: windows, padding, coarser keys, prefix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Place:
     "Pixels of the image between neighbouring patches that enter the block."
     num_prefix: int
     "Tokens in front of the patches."
+    layouts: "dict[tuple[int, int], Layout]" = field(default_factory=dict, compare=False, repr=False)
+    "Laid out already, by numbers of queries and keys: the chunks of an operation share one."
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def lay_out(place: Place, rows: int, queries: int, keys: int) -> Layout:
         ValueError: If these numbers are not what the block's geometry says; then nobody knows which token is which.
     """
     windows = _window(place.module)
-    found = _windowed(place, *windows) if windows else _whole(place, queries, keys)
+    found = place.layouts.get((queries, keys))
+    found = found or (_windowed(place, *windows) if windows else _whole(place, queries, keys))
+    place.layouts[queries, keys] = found
     shape = (place.batch * len(found.query_kinds), found.query_kinds.shape[1], found.key_kinds.shape[1])
     if shape != (rows, queries, keys):
         raise ValueError(_misfit(place, (rows, queries, keys)))

@@ -37,16 +37,19 @@ class Attention:
     num_queries: int = 0
     "Queries of the whole operation."
     place: Place | str = "the block was not seen"
-    "Where the block stands, or the sentence that says why nobody knows."
+    "Where the block stands, with the images of this chunk; or the sentence that says why nobody knows."
     kind: Literal["fused", "plain", "module"] = "plain"
     "``F.scaled_dot_product_attention``, a softmax of its own, or ``nn.MultiheadAttention``."
+    is_last: bool = True
+    "Whether this ends the operation. Chunks go through the queries of some images before those of the next ones."
 
-    def part(self, queries: slice, keys: slice) -> "Attention":
+    def part(self, queries: slice, keys: slice, windows: slice = slice(None)) -> "Attention":
         """What this chunk holds of some queries and keys.
 
         Args:
             queries: Positions among all queries of the operation.
             keys: Positions of keys.
+            windows: Positions on the first axis.
 
         Returns:
             Rows and valid keys cut to these; perhaps no query.
@@ -55,9 +58,10 @@ class Attention:
         here = slice(max(start - self.first_query, 0), max(stop - self.first_query, 0))
         is_valid = self.is_valid
         if is_valid is not None:
-            is_valid = is_valid.expand(*is_valid.shape[:2], *self.rows.shape[2:])[:, :, here, keys]
+            is_valid = is_valid.expand(*is_valid.shape[:2], *self.rows.shape[2:])
+            is_valid = _of(is_valid, windows)[:, :, here, keys]
         first = self.first_query + here.start
-        return replace(self, rows=self.rows[:, :, here, keys], is_valid=is_valid, first_query=first)
+        return replace(self, rows=self.rows[windows, :, here, keys], is_valid=is_valid, first_query=first)
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -74,7 +78,7 @@ class AttentionWatch(TorchFunctionMode):
         """Watch from entering to leaving the context.
 
         Args:
-            reduce: Gets each operation, or each chunk of its queries.
+            reduce: Gets each operation, or each chunk of its images and queries.
             names: Modules to watch, with the number of their block.
             errors: Filled with the largest error of the self-check by block.
             is_checked: Compare weights @ values with what the operation returned.
@@ -120,21 +124,30 @@ class AttentionWatch(TorchFunctionMode):
         self.counts[seen.block] += 1
         self._errors.setdefault(seen.block, math.nan)
         seen = replace(seen, num_queries=seen.rows.shape[2])
-        for queries in self._chunks(seen.rows.shape):
-            self._reduce_finite(seen.part(queries, slice(None)))
+        for windows, queries in self._chunks(seen.block, seen.rows.shape):
+            self._reduce_finite(seen.part(queries, slice(None), windows), seen.rows.shape, windows, queries)
 
-    def _reduce_finite(self, seen: Attention) -> None:
+    def _reduce_finite(self, seen: Attention, shape: Sequence[int], windows: slice, queries: slice) -> None:
         if seen.has_scores and not seen.rows.amax() < torch.inf:
             raise ValueError(
                 f"{seen.name}: scores of attention must be finite, got NaN or infinity. Check the weights."
             )
-        self._reduce(replace(seen, place=self.places.get(seen.block, seen.place)))
+        place = self.places.get(seen.block, seen.place)
+        if isinstance(place, Place):
+            place = replace(place, batch=place.batch * len(seen.rows) // shape[0])
+        is_last = (windows.stop, queries.stop) == (shape[0], shape[2])
+        self._reduce(replace(seen, place=place, is_last=is_last))
 
-    def _chunks(self, shape: Sequence[int]) -> Iterator[slice]:
-        """Queries to hand over at a time, of an operation on (batch, head, query, key)."""
-        size = max(1, self._most_weights // math.prod((*shape[:2], shape[3]))) if self._most_weights else shape[2]
-        for start in range(0, shape[2], size):
-            yield slice(start, min(start + size, shape[2]))
+    def _chunks(self, block: int, shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+        """Windows and queries to hand over at a time, of an operation on (batch, head, query, key): whole images."""
+        place, most = self.places.get(block), self._most_weights or math.prod(shape)
+        whole = isinstance(place, Place) and shape[0] % place.batch == 0
+        windows = shape[0] // place.batch if whole else shape[0]  # type: ignore[union-attr]
+        windows = min(shape[0], windows * max(1, most // (windows * math.prod(shape[1:]))))
+        size = max(1, most // (windows * shape[1] * shape[3]))
+        for first in range(0, shape[0], windows):
+            for start in range(0, shape[2], size):
+                yield slice(first, min(first + windows, shape[0])), slice(start, min(start + size, shape[2]))
 
     def _see_fused(
         self,
@@ -158,13 +171,14 @@ class AttentionWatch(TorchFunctionMode):
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
             attn_mask = attn_mask.expand(*attn_mask.shape[:2], query.shape[2], key.shape[2])
         self.counts[block] += 1
-        for queries in self._chunks((*query.shape[:3], key.shape[2])):
-            scores = _wide(query[:, :, queries]) * scale @ _wide(key).mT
+        shape = (*query.shape[:3], key.shape[2])
+        for windows, queries in self._chunks(block, shape):
+            scores = _wide(query[windows, :, queries]) * scale @ _wide(key[windows]).mT
             is_valid = None
             if is_causal:
                 is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(queries.start)[None, None]
             elif attn_mask is not None:
-                mask = attn_mask[:, :, queries]
+                mask = _of(attn_mask, windows)[:, :, queries]
                 is_valid = mask if mask.dtype == torch.bool else ~mask.isneginf()
                 scores = scores if mask.dtype == torch.bool else scores + mask
             if is_valid is not None:
@@ -173,9 +187,9 @@ class AttentionWatch(TorchFunctionMode):
                 block, self.callers[-1], scores, True, is_valid, queries.start, query.shape[2], kind="fused"
             )
             if self._is_checked:
-                self._check(seen, value, result[:, :, queries])
+                self._check(seen, value[windows], result[windows, :, queries])
             self._errors.setdefault(block, math.nan)
-            self._reduce_finite(seen)
+            self._reduce_finite(seen, shape, windows, queries)
 
     def _see_softmax(
         self, block: int, result: Tensor, input: Tensor, dim: int | None = None, *others: Any, **more: Any
@@ -213,11 +227,13 @@ class AttentionWatch(TorchFunctionMode):
 
     def _check(self, seen: Attention, value: Tensor, result: Tensor) -> None:
         """Compare weights @ values with what the operation returned."""
-        weights = seen.rows.softmax(-1).nan_to_num(nan=0.0)  # rows without a valid key
-        largest = seen.rows.masked_fill(seen.rows.isneginf(), 0).abs().max()
+        weights, finite, keys = seen.rows.softmax(-1), seen.rows, seen.rows.shape[3]
+        if seen.is_valid is not None:
+            weights = weights.nan_to_num_(nan=0.0)  # rows without a valid key
+            finite = finite.masked_fill(~seen.is_valid, 0)
+        largest = torch.maximum(finite.amax(), -finite.amin())
         # Rounding of the scores enters the weights in proportion to the scores' size. That of the two sums over the
         # keys is at most keys * ε / 2 each (Higham, 2002, Sec. 3.1), and is reached where all values are alike.
-        keys = seen.rows.shape[3]
         tolerance = torch.finfo(result.dtype).eps * float((16 + 4 * largest + keys) * value.abs().max())
         self._compare(seen, weights @ value.to(weights.dtype), result, tolerance)
 
@@ -244,6 +260,11 @@ def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor
             is_out = is_out if is_out.ndim == 4 else is_out.reshape(*shape, *is_out.shape[-2:])
             is_valid[..., : is_out.shape[-1]] &= ~is_out
     return is_valid
+
+
+def _of(mask: Tensor, windows: slice) -> Tensor:
+    """Of some windows, where not all of them share it."""
+    return mask[windows] if len(mask) > 1 else mask
 
 
 def _wide(tensor: Tensor) -> Tensor:

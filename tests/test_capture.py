@@ -1,5 +1,6 @@
 import contextlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def make(variant: str = "vit", *, is_fused: bool = True) -> nn.Module:
 def hooks(model: nn.Module) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def joined(chunks: list[capture.Attention]) -> Tensor:
+    """Rows of the chunks of an operation, those of some images after those of others."""
+    starts = [i for i, one in enumerate(chunks) if one.first_query == 0] + [len(chunks)]
+    groups = [chunks[start:stop] for start, stop in pairwise(starts)]
+    assert all([one.first_query for one in group] == sorted({one.first_query for one in group}) for group in groups)
+    return torch.cat([torch.cat([one.rows for one in group], 2) for group in groups])
 
 
 def captured(model: nn.Module, x: Tensor, **options) -> tuple[list[capture.Attention], dict[int, float]]:
@@ -278,18 +287,19 @@ def test_attention_is_handed_over_one_block_at_a_time():
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
-@pytest.mark.parametrize("most_weights", [1, 3 * IMAGES * HEADS * (PATCHES + 1), 10**9])
-def test_chunks_of_queries_are_the_rows_of_the_whole_and_no_larger_than_allowed(most_weights: int, is_fused: bool):
+@pytest.mark.parametrize("most_weights", [1, 3 * HEADS * (PATCHES + 1), 2 * HEADS * (PATCHES + 1) ** 2, 10**9])
+def test_chunks_of_images_and_queries_are_the_rows_of_the_whole_and_no_larger_than_allowed(
+    most_weights: int, is_fused: bool
+):
     model, x = make(is_fused=is_fused).double(), images(torch.float64)
     whole, _ = captured(model, x)
     chunks, errors = captured(model, x, most_weights=most_weights)
-    assert all(one.rows.numel() <= max(most_weights, IMAGES * HEADS * (PATCHES + 1)) for one in chunks)
+    assert all(one.rows.numel() <= max(most_weights, HEADS * (PATCHES + 1)) for one in chunks)
     for block, one in enumerate(whole):
         mine = [chunk for chunk in chunks if chunk.block == block]
-        assert [chunk.first_query for chunk in mine] == [
-            sum(c.rows.shape[2] for c in mine[:i]) for i in range(len(mine))
-        ]
-        assert torch.equal(torch.cat([chunk.rows for chunk in mine], 2), one.rows)
+        assert [chunk.is_last for chunk in mine] == [False] * (len(mine) - 1) + [True]
+        assert sum(chunk.place.batch for chunk in mine if chunk.first_query == 0) == IMAGES
+        assert torch.equal(joined(mine), one.rows)
     assert sorted(errors) == list(range(DEPTH))
     assert all(error < 1e-12 for error in errors.values())
 

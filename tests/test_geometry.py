@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,14 +40,28 @@ def test_uniform_attention_on_14_by_14_patches_of_16_pixels_reaches_116_pixels()
 
 
 def seen_rows(model: nn.Module, x: Tensor, most_weights: int = 0, **kinds: str) -> dict[int, list[geometry.Rows]]:
-    found: dict[int, list[geometry.Rows]] = {}
+    """Rows by block in chunks of queries, those of all images together."""
+    found: dict[int, list[list[geometry.Rows]]] = {}
 
     def reduce(seen: capture.Attention) -> None:
-        found.setdefault(seen.block, []).append(geometry.arranged(seen, **kinds))  # type: ignore[arg-type]
+        chunks = found.setdefault(seen.block, [])
+        if seen.first_query == 0:
+            chunks.append([])
+        chunks[-1].append(geometry.arranged(seen, **kinds))  # type: ignore[arg-type]
 
     with torch.no_grad(), capture.attention(model, reduce, most_weights=most_weights):
         model(x)
-    return found
+    return {block: [together(parts) for parts in zip(*chunks, strict=True)] for block, chunks in found.items()}
+
+
+def together(parts: Sequence[geometry.Rows]) -> geometry.Rows:
+    """The same queries of some images and of others."""
+    first = parts[0]
+    assert all(torch.equal(one.regions, first.regions) for one in parts)
+    valid = first.is_valid
+    if valid is not None and len(valid) > 1:
+        valid = torch.cat([one.is_valid for one in parts if one.is_valid is not None])
+    return replace(first, rows=torch.cat([one.rows for one in parts]), is_valid=valid)
 
 
 def by_brute_force(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -130,7 +145,7 @@ def test_tokens_in_front_of_the_patches_are_told_apart(make_family: Callable, na
 
 def test_chunks_hold_the_queries_of_their_kind(make_family: Callable):
     model, x = make_family("registers")
-    whole, chunks = seen_rows(model, x), seen_rows(model, x, most_weights=2 * 2 * 29 * 3)
+    whole, chunks = seen_rows(model, x), seen_rows(model, x, most_weights=2 * 29 * 3)
     assert len(chunks[0]) == 10
     for block in whole:
         torch.testing.assert_close(torch.cat([one.rows for one in chunks[block]], 2), whole[block][0].rows)

@@ -187,13 +187,13 @@ def row_measures(
     weights = shifted.exp()
     total = weights.sum(-1, keepdim=True)
     expected = shifted.mul_(weights).sum(-1).double() / total[..., 0].double()
-    received = weights.div_(total).sum(-2)
-    deviations = weights.mul_(count.to(scores.dtype)[..., None]).sub_(1)  # in units of 1/n
+    received = (total.reciprocal().mT @ weights)[..., 0, :]  # a sum over queries that leaves the weights as they are
+    deviations = weights.mul_(count.to(scores.dtype)[..., None] / total).sub_(1)  # in units of 1/n
     deviations = deviations if is_valid is None else deviations.masked_fill_(~is_valid, 0)
     squares = torch.mul(deviations, deviations, out=shifted)
     second = squares.sum(-1).double() / count
     third = deviations.mul_(squares).sum(-1).double() / count
-    fourth = squares.mul_(squares).sum(-1).double() / count
+    fourth = torch.linalg.vector_norm(squares, dim=-1).double().square() / count
     is_degenerate = second.sqrt() <= _DEGENERATE_ROUNDINGS * torch.finfo(scores.dtype).eps
     defined = second.masked_fill(is_degenerate, torch.nan)
     return {
@@ -219,8 +219,9 @@ def kurtosis_of(values: Float[Tensor, "*entry value"]) -> Float[Tensor, "*entry"
     squares = (wide - wide.mean(-1, keepdim=True)).square_()
     second = squares.mean(-1).double()
     rounding = _DEGENERATE_ROUNDINGS * torch.finfo(wide.dtype).eps
-    second = torch.where(second.sqrt() > rounding * wide.abs().amax(-1), second, torch.nan)
-    return squares.square_().mean(-1).double() / second.square() - 3
+    second = torch.where(second.sqrt() > rounding * torch.maximum(wide.amax(-1), -wide.amin(-1)), second, torch.nan)
+    fourth = torch.linalg.vector_norm(squares, dim=-1).double().square() / wide.shape[-1]
+    return fourth / second.square() - 3
 
 
 def kurtosis_bounds(num_keys: Shaped[Tensor, "*row"]) -> tuple[Float[Tensor, "*row"], Float[Tensor, "*row"]]:

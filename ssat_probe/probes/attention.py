@@ -178,10 +178,7 @@ def _rows(seen: "Rows") -> "dict[str, Tensor | Sum]":
     is_one = 1.0 if seen.num_windows == 1 else float("nan")
     return {
         "entropy": found["entropy"],
-        "entropy_normalised": measures.normalised_entropy(found["entropy"], num_keys),
-        "effective_keys": found["entropy"].exp(),
         "kurtosis": found["kurtosis"],
-        "kurtosis_normalised": measures.normalised_kurtosis(found["kurtosis"], num_keys),
         "skew": found["skew"],
         "kurtosis_scores": of_scores,
         "second": found["second"] * is_one,
@@ -193,13 +190,17 @@ def _rows(seen: "Rows") -> "dict[str, Tensor | Sum]":
 
 def _finished(values: "Values") -> "tuple[Values, Values]":
     """Per image and head: means over the queries, and what takes all of them together."""
-    from ssat_probe.measures.attention import kurtosis_of
+    from ssat_probe.measures.attention import kurtosis_of, normalised_entropy, normalised_kurtosis
     from ssat_probe.measures.statistics import quantiles_of_defined
     from ssat_probe.observation import over_queries
 
     received, second, fourth = (values[name] for name in ("received", "second", "fourth"))
     others = ("received", "second", "fourth")
-    means, undefined = over_queries({name: value for name, value in values.items() if name not in others})
+    of_rows = {name: value for name, value in values.items() if name not in others}
+    of_rows["entropy_normalised"] = normalised_entropy(values["entropy"], values["num_keys"])
+    of_rows["effective_keys"] = values["entropy"].exp()
+    of_rows["kurtosis_normalised"] = normalised_kurtosis(values["kurtosis"], values["num_keys"])
+    means, undefined = over_queries(of_rows)
     low, median, high = quantiles_of_defined(values["kurtosis"], (0.25, 0.5, 0.75))
     is_defined = (~values["kurtosis"].isnan()).any(-1)
     over_map = fourth.mean(-1) / second.mean(-1).where(is_defined, float("nan")).square() - 3

@@ -173,6 +173,7 @@ def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
     num_keys = is_valid[..., prefix:].sum(-1).double()
     bound = num_keys.clamp(max=divergence.shape[1]).log()
     floored = measures.floored(weights) * (1 if patches.num_windows == 1 else torch.nan)  # their code has no windows
+    counts = patches.regions.bincount(minlength=patches.num_regions)
     sums = {"": (weights, entropy), "_floored": (floored, torch.special.entr(floored).sum(-1))}
     return {
         "mass_to_prefix": parts["mass"],
@@ -192,7 +193,7 @@ def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
         "mass_uniform": is_valid[..., :prefix].sum(-1).double() / is_valid.sum(-1),
         "keys_uniform": num_keys,
         "distance_uniform": uniform,
-        "num_queries": Sum(patches.regions.bincount(minlength=patches.num_regions).double()),
+        "num_queries": Sum(counts.double().expand(len(weights), -1)),
         **{f"rows{kind}": Sum(patches.by_region(one)) for kind, (one, _) in sums.items()},
         **{f"entropies{kind}": Sum(patches.by_region(one[..., None])[..., 0]) for kind, (_, one) in sums.items()},
     }
@@ -205,7 +206,7 @@ def _finished(values: "Values") -> "tuple[Values, Values]":
     from ssat_probe.observation import over_queries
 
     plain, like_cl_vs_mim = (
-        information_of_regions(values[f"rows{kind}"], values[f"entropies{kind}"], values["num_queries"])
+        information_of_regions(values[f"rows{kind}"], values[f"entropies{kind}"], values["num_queries"][0])
         for kind in ("", "_floored")
     )
     together = {"rows", "rows_floored", "entropies", "entropies_floored", "num_queries"}
