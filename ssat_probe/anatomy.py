@@ -207,8 +207,9 @@ def places_after_attention(block: nn.Module) -> list[nn.Module]:
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    children = dict(module.named_children())
-    return next((children[name] for name in names if name in children), None)
+    # Asked of every module in every pass: named_children() takes twenty times as long.
+    children = module._modules
+    return next((children[name] for name in names if children.get(name) is not None), None)
 
 
 def _has_blocks(model: nn.Module) -> bool:

@@ -122,7 +122,8 @@ def features(
     by_place: dict[tuple[int, str], Site] = {(site.block, site.name): site for site in sites(model)}
     grids: dict[Site, tuple[int, int]] = {}
     counts: Counter[Site] = Counter()
-    skipped = {block.stage: 0 if with_prefix else num_prefix_tokens(model, block.stage) for block in found}
+    stages = {block.stage for block in found}
+    skipped = {stage: 0 if with_prefix else num_prefix_tokens(model, stage) for stage in stages}
 
     def take(site: Site, tokens: Any) -> None:
         if site.name == "attention" and counts[site]:

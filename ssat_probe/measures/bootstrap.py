@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,22 +136,27 @@ class ImageStatistics:
             Lower and upper ends; NaN below two images.
         """
         if name not in self._intervals:
-            self._intervals[name] = _ends(self.replicates(name))
+            self._intervals[name] = ends(self.replicates(name))
         return self._intervals[name]
 
-    def difference(self, name: str, other: "ImageStatistics") -> tuple[float, float, float]:
-        """Mean difference to another model over the same images, mean over all entries, with its paired 95 % interval.
+    def difference(
+        self, name: str, other: "ImageStatistics", entry: int | None = None
+    ) -> tuple[float, float, float]:
+        """Mean difference to another model over the same images, with its paired 95 % interval.
 
         Args:
             name: Of the quantity.
             other: Of the model to compare with; has seen the same images under the same ids.
+            entry: Which entry; None is the mean over all of them.
 
         Returns:
             This minus the other, and the ends of the interval.
         """
-        ours, theirs = (_over_entries(one.replicates(name)) for one in (self, other))
-        low, high = _ends(ours - theirs)
-        return float(self.mean(name).nanmean() - other.mean(name).nanmean()), float(low), float(high)
+        chosen: Any = ... if entry is None else entry
+        means = [one.mean(name)[chosen].nanmean() for one in (self, other)]
+        ours, theirs = (_over_entries(one.replicates(name)[:, chosen]) for one in (self, other))
+        low, high = ends(ours - theirs)
+        return float(means[0] - means[1]), float(low), float(high)
 
     def spread(self, name: str, entry: int | tuple[int, ...] = ()) -> dict[str, float]:
         """What a table says about one quantity: see `ssat_probe.table.with_spread`.
@@ -167,19 +173,22 @@ class ImageStatistics:
         values |= {f"{name}_undefined": self._undefined[name].mean}
         return {key: float(value[entry]) for key, value in values.items()}
 
-    def differences(self, names: tuple[str, ...], other: "ImageStatistics | None") -> dict[str, float]:
+    def differences(
+        self, names: tuple[str, ...], other: "ImageStatistics | None", entry: int | None = None
+    ) -> dict[str, float]:
         """What a table says about differences: see `ssat_probe.table.with_difference`.
 
         Args:
             names: Of the quantities.
             other: As for `difference`; NaN is returned if there is none.
+            entry: As for `difference`.
 
         Returns:
             ``name_difference``, ``name_difference_low`` and ``name_difference_high`` of each.
         """
         result: dict[str, float] = {}
         for name in names:
-            values = (float("nan"),) * 3 if other is None else self.difference(name, other)
+            values = (float("nan"),) * 3 if other is None else self.difference(name, other, entry)
             result |= dict(zip((f"{name}_difference{end}" for end in ("", "_low", "_high")), values, strict=True))
         return result
 
@@ -194,6 +203,14 @@ def _over_entries(replicates: Tensor) -> Tensor:
     return replicates.reshape(len(replicates), -1).nanmean(-1)
 
 
-def _ends(replicates: Tensor) -> tuple[Tensor, Tensor]:
+def ends(replicates: Float[Tensor, "resample *entry"]) -> tuple[Float[Tensor, "*entry"], Float[Tensor, "*entry"]]:
+    """95 % interval of what resamples gave.
+
+    Args:
+        replicates: NaN where a resample gives nothing.
+
+    Returns:
+        Their quantiles of 2.5 and 97.5 %.
+    """
     low, high = torch.nanquantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return low, high

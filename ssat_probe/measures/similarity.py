@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssat_probe.measures.bootstrap import NUM_RESAMPLES, resample_counts
+from ssat_probe.measures.bootstrap import NUM_RESAMPLES, ends, resample_counts
 
 # Bounds the memory of the resamples' counts: 2 MB. Tuned, no source.
 _IMAGES_AT_A_TIME = 256
@@ -110,7 +110,7 @@ def cka_spread(
     first: Float[Tensor, "layer group image image2"],
     second: Float[Tensor, "layer2 group image image2"],
     ids: Int[Tensor, "group image"],
-) -> dict[str, Float[Tensor, "layer layer2"]]:
+) -> dict[str, Float[Tensor, "... layer layer2"]]:
     """How sure a `cka` is: bootstrap over the images of what each of them contributes to the three HSIC.
 
     Drawing rows of the Grams with repetition would pair an image with itself, which no unbiased estimator may see, and
@@ -124,7 +124,8 @@ def cka_spread(
 
     Returns:
         ``sd`` over images of the linearised contributions to the ratio (over √images the jackknife's standard error),
-        ``low`` and ``high`` ends of the 95 % interval, float64; NaN where `cka` is, and in groups of four.
+        ``low`` and ``high`` ends of the 95 % interval, and ``replicates``, the ratio in each resample, in which those of
+        two models that saw the same images are paired; float64, NaN where `cka` is, and in groups of four.
     """
     images, places = ids.flatten().unique(return_inverse=True)
     pairs, own, other = (
@@ -139,13 +140,13 @@ def cka_spread(
             total += one[..., chunk] @ counts
     squares = sums[1][:, None] * sums[2][None]
     is_defined = (sums[1][:, None] > 0) & (sums[2][None] > 0) & ~cka(first, second).isnan()[..., None]
-    replicates = sums[0] / squares.where(is_defined, torch.nan).sqrt()
-    low, high = torch.nanquantile(replicates, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=-1)
+    replicates = (sums[0] / squares.where(is_defined, torch.nan).sqrt()).movedim(-1, 0)
+    low, high = ends(replicates)
     mine, theirs = _own(first) / len(ids), _own(second) / len(ids)
     scale = (mine[:, None] * theirs[None]).sqrt()
     shares = (own / mine[:, None])[:, None] + (other / theirs[:, None])[None]
     parts = pairs / scale[..., None] + cka(first, second)[..., None] * (1 - shares / 2)
-    return {"sd": parts.std(-1), "low": low, "high": high}
+    return {"sd": parts.std(-1), "low": low, "high": high, "replicates": replicates}
 
 
 def shuffled(grams: Float[Tensor, "layer group image image2"]) -> Float[Tensor, "layer group image image2"]:

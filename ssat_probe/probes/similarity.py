@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ssat_probe.registry import known
-from ssat_probe.table import Column, with_spread
+from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from torch import Tensor
 
     from ssat_probe.drawing import Series
     from ssat_probe.grams import Grams
     from ssat_probe.subject import Subject
+
+    Values = dict[str, Tensor]
+
+_CKA = Column("cka", "", "centred kernel alignment, unbiased: 1 equal but for rotation; undefined if constant")
 
 # Matrices are drawn for the pairs of so many lines; more would not be legible.
 _MOST_MATRICES = 3
@@ -40,10 +47,9 @@ class Probe:
         Column("block", "", "transformer block whose output is compared, 0 next to the input; -1 before the first"),
         Column("other", "", "checkpoint compared with, also the same one"),
         Column("other_block", "", "its block"),
-        *with_spread(
-            Column("cka", "", "centred kernel alignment, unbiased: 1 equal but for rotation; undefined if constant")
-        ),
-        Column("cka_shuffled", "", "the same with unrelated images: around 0; undefined if constant"),
+        *with_spread(_CKA),
+        *with_spread(Column("cka_shuffled", "", "the same with unrelated images: around 0; undefined if constant")),
+        *with_difference(_CKA),
         Column("other_setting", "", "size, grid and preparation of the images before the checkpoint compared with"),
         Column("mode", "", "features of an image: gap, cls, flatten or token"),
         Column("group", "", "images (tokens in mode token) compared at a time"),
@@ -95,22 +101,24 @@ class Probe:
                     f"CKA of mode 'token' needs equal grids, got {seen[label].num_tokens} tokens of {label} and "
                     f"{seen[first].num_tokens} of {first}. Use mode 'gap'."
                 )
-        return [self._table(one, seen) for one in seen.values()]
+        first = next(iter(seen.values()))
+        own = _compared(first, first)
+        with_first = {label: own if other is first else _compared(first, other) for label, other in seen.items()}
+        return [self._table(one, seen, own, with_first) for one in seen.values()]
 
-    def _table(self, one: "Grams", seen: "dict[str, Grams]") -> "DataFrame":
+    def _table(
+        self, one: "Grams", seen: "dict[str, Grams]", own: "Values", with_first: "Mapping[str, Values]"
+    ) -> "DataFrame":
         from pandas import DataFrame
 
-        from ssat_probe.measures.similarity import cka, cka_spread, shuffled
-
         rows = []
+        first = next(iter(seen.values()))
         for label, other in seen.items():
-            values = {"cka": cka(one.values, other.values)}
-            values |= {f"cka_{end}": value for end, value in cka_spread(one.values, other.values, one.ids).items()}
-            values["cka_undefined"] = values["cka"].isnan().double()
-            values["cka_shuffled"] = cka(one.values, shuffled(other.values))
+            values = with_first[label] if one is first else _compared(one, other)
+            values = values | _difference(values, own if one is other else with_first[label], one, first)
             rows += [
                 {"block": block, "other": label, "other_block": other_block, "other_setting": other.setting}
-                | {name: float(value[i, j]) for name, value in values.items()}
+                | {name: float(value[i, j]) for name, value in values.items() if value.ndim == 2}
                 for i, block in enumerate(one.blocks)
                 for j, other_block in enumerate(other.blocks)
             ]
@@ -185,6 +193,31 @@ class Probe:
                 }
             )
         return DataFrame(rows)
+
+
+def _compared(one: "Grams", other: "Grams") -> "Values":
+    """CKA of every two blocks with its spread, and that with unrelated images."""
+    from ssat_probe.measures.similarity import cka, cka_spread, shuffled
+
+    values = {}
+    for name, grams in (("cka", other.values), ("cka_shuffled", shuffled(other.values))):
+        values[name] = cka(one.values, grams)
+        values |= {f"{name}_{end}": value for end, value in cka_spread(one.values, grams, one.ids).items()}
+        values[f"{name}_undefined"] = values[name].isnan().double()
+    return values
+
+
+def _difference(mine: "Values", firsts: "Values", one: "Grams", first: "Grams") -> "Values":
+    """To the first checkpoint's CKA with the same other, or with itself where this is compared with itself; paired."""
+    from torch import full_like, nan
+
+    from ssat_probe.measures.bootstrap import ends
+
+    names = [f"cka_difference{end}" for end in ("", "_low", "_high")]
+    if one is first or (one.setting, one.blocks) != (first.setting, first.blocks):
+        return dict.fromkeys(names, full_like(mine["cka"], nan))
+    low, high = ends(mine["cka_replicates"] - firsts["cka_replicates"])
+    return dict(zip(names, (mine["cka"] - firsts["cka"], low, high), strict=True))
 
 
 def _same_block(table: "DataFrame", first: "Series") -> "DataFrame":

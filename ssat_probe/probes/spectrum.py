@@ -1,15 +1,17 @@
 """Spectrum of the features: singular values of the patch tokens of an image, per block."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ssat_probe.table import Column, with_spread
+from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from torch import Tensor
 
+    from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
 _EQUAL = "undefined where all tokens are equal"
@@ -40,6 +42,7 @@ class Probe:
         Column("block", "", "transformer block whose output is looked at, 0 next to the input; -1 before the first"),
         Column("rank", "", "place of the singular value, 1 the largest"),
         *(column for one in _MEASURES for column in with_spread(one)),
+        *(column for one in _MEASURES for column in with_difference(one)),
         Column("num_images", "", "number of images"),
     )
 
@@ -57,20 +60,41 @@ class Probe:
         Returns:
             The columns of this probe.
         """
-        from pandas import DataFrame
+        return self._table(self._seen(subject), None)
 
+    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
+        """As `measure` for each subject, with differences to the first.
+
+        Args:
+            subjects: Labels and subjects.
+
+        Returns:
+            Their tables.
+        """
+        seen = [self._seen(subject) for _, subject in subjects]
+        return [self._table(one, one.comparable(seen[0])) for one in seen]
+
+    def _seen(self, subject: "Subject") -> "Observation":
         from ssat_probe import observation
 
-        seen = observation.of_features(
+        return observation.of_features(
             subject, lambda tokens: _measured(tokens, self.standardize), lambda site: site.name in ("embed", "mlp")
         )
+
+    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        from pandas import DataFrame
+
         rows: list[dict[str, Any]] = []
         for site, one in seen.statistics.items():
-            for place in range(len(one.mean("log_value"))):
+            count = len(one.mean("log_value"))
+            other = first.statistics[site] if first else None
+            if other is not None and len(other.mean("log_value")) != count:  # another width
+                other = None
+            for place in range(count):
                 row: dict[str, Any] = {"block": site.block, "rank": place + 1, "num_images": seen.num_images}
                 for name in _NAMES:
                     row |= one.spread(name, place)
-                rows.append(row)
+                rows.append(row | one.differences(_NAMES, other, place))
         return DataFrame(rows)[[column.name for column in self.columns]]
 
     def draw(self, table: "DataFrame") -> "Figure":

@@ -1,5 +1,6 @@
 """Variance of the feature maps over the depth of the network."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -42,14 +43,8 @@ class Probe:
         Column("stage", "", "stage of a hierarchical model, 0 next to the input; values compare within one alone"),
         Column("depth", "", "index / (number of sites - 1): 0 at the input, 1 at the end"),
         *(column for one in _MEASURES for column in with_spread(one)),
-        Column(
-            "gain", "log2", "log2(variance / variance at the site before); undefined at embed and where a stage begins"
-        ),
-        Column(
-            "gain_low", "log2", "lower end of its 95 % bootstrap interval over images; undefined likewise", of="gain"
-        ),
-        Column(
-            "gain_high", "log2", "upper end of its 95 % bootstrap interval over images; undefined likewise", of="gain"
+        *with_spread(
+            Column("gain", "log2", "log2(variance / variance before); undefined at embed and where a stage begins")
         ),
         *(column for one in _MEASURES for column in with_difference(one)),
         Column("num_images", "", "number of images"),
@@ -97,9 +92,9 @@ class Probe:
         return observation.of_features(subject, measure)
 
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
-        import torch
         from pandas import DataFrame
 
+        from ssat_probe.measures.bootstrap import ends
         from ssat_probe.measures.features import gain
 
         rows, before, stage = [], None, 0
@@ -109,12 +104,15 @@ class Probe:
             row |= {"depth": site.index / (len(seen.statistics) - 1), "num_images": seen.num_images}
             row |= one.spread("variance") | one.spread("relative_variance")
             row |= one.differences(_NAMES, first.statistics[site] if first else None)
-            row |= {"gain": nan, "gain_low": nan, "gain_high": nan}
+            row |= {"gain": nan, "gain_sd": nan, "gain_low": nan, "gain_high": nan, "gain_undefined": 1.0}
             if before is not None and site.stage == stage:
                 gains = gain(before.replicates("variance"), one.replicates("variance"))
-                low, high = torch.nanquantile(gains, gains.new_tensor([0.025, 0.975])).tolist()
+                low, high = ends(gains)
+                squares = (gains - gains.nanmean()).square().nanmean()  # not of resamples without images
                 row |= {"gain": float(gain(before.mean("variance"), one.mean("variance")))}
-                row |= {"gain_low": low, "gain_high": high}
+                # That of what each image adds to the gain, to first order: resamples deviate by 1/√images of it.
+                row |= {"gain_sd": float((squares * one.count("variance")).sqrt())}
+                row |= {"gain_low": float(low), "gain_high": float(high), "gain_undefined": float(math.isnan(row["gain"]))}
             rows.append(row)
             before, stage = one, site.stage
         return DataFrame(rows)[[column.name for column in self.columns]]

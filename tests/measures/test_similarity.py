@@ -169,7 +169,7 @@ def test_an_image_that_is_in_several_groups_counts_as_one(generator):
     ids = torch.arange(IMAGES).expand(3, -1)
     thrice = measures.cka_spread(grams(x).expand(-1, 3, -1, -1), grams(y).expand(-1, 3, -1, -1), ids)
     for name, value in once.items():
-        torch.testing.assert_close(thrice[name], value, msg=name)
+        torch.testing.assert_close(thrice[name], value, msg=name, equal_nan=True)  # of resamples without images
 
 
 def test_constant_layers_and_groups_of_four_have_no_interval(generator):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssat_probe import probe
-from ssat_probe.measures.similarity import centred_gram, cka, cka_spread
+from ssat_probe.measures.similarity import centred_gram, cka, cka_spread, shuffled
 from ssat_probe.probes.similarity import Probe
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
@@ -90,11 +90,41 @@ def test_the_interval_is_that_of_the_grams(checkpoints: Paths) -> None:
     layers = [FEATURES["gap"](tokens) for tokens in outputs(subject)]
     grams = torch.stack([torch.stack([centred_gram(x[i : i + 7]) for i in (0, 7, 14)]) for x in layers])
     expected = cka_spread(grams, grams, torch.arange(21).reshape(3, 7))
-    for end, values in expected.items():
+    of_strangers = cka_spread(grams, shuffled(grams), torch.arange(21).reshape(3, 7))
+    ends = {f"{end}": expected[end] for end in ("sd", "low", "high")}
+    ends |= {f"shuffled_{end}": of_strangers[end] for end in ("sd", "low", "high")}
+    for end, values in ends.items():
         found = table.pivot_table(index="block", columns="other_block", values=f"cka_{end}", dropna=False)
         np.testing.assert_allclose(found, values, rtol=1e-8, atol=1e-9)
     inner = table[table["block"] != table["other_block"]]
     assert ((inner["cka_low"] < inner["cka"]) & (inner["cka"] < inner["cka_high"])).all()
+
+
+def test_differences_to_the_first_are_those_of_the_same_resamples(checkpoints: Paths) -> None:
+    subjects = {name: Subject.of(path, SAMPLE) for name, path in checkpoints.items()}
+    tables = dict(zip(subjects, Probe(group=7).between(iter(subjects.items())), strict=True))
+    features = {
+        name: torch.stack([torch.stack([centred_gram(FEATURES["gap"](x)[i : i + 7]) for i in (0, 7, 14)]) for x in seen])
+        for name, seen in ((name, outputs(subject)) for name, subject in subjects.items())
+    }
+    names = list(subjects)
+    differences = [f"cka_difference{end}" for end in ("", "_low", "_high")]
+    assert tables[names[0]][differences].isna().all(axis=None)
+    for other, firsts_other in ((names[0], names[0]), (names[1], names[0]), (names[2], names[2])):
+        rows = tables[names[1]].query("other == @other")
+        ids = torch.arange(21).reshape(3, 7)
+        mine = cka_spread(features[names[1]], features[other], ids)["replicates"]
+        firsts = cka_spread(features[names[0]], features[firsts_other], ids)["replicates"]
+        expected = np.nanquantile((mine - firsts).numpy(), [0.025, 0.975], axis=0)
+        whole = cka(features[names[1]], features[other]) - cka(features[names[0]], features[firsts_other])
+        for name, values in zip(differences, (whole.numpy(), *expected), strict=True):
+            found = rows.pivot_table(index="block", columns="other_block", values=name, dropna=False)
+            np.testing.assert_allclose(found, values, rtol=1e-8, atol=1e-9, err_msg=f"{other} {name}")
+
+
+def test_checkpoints_of_other_settings_have_no_difference(checkpoints: Paths, fine_checkpoints: Paths) -> None:
+    table, _ = probe.measure_all(Probe(untrained_twin=False), [checkpoints["ssat"], fine_checkpoints["ssat"]], SAMPLE)
+    assert table["cka_difference"].isna().all()
 
 
 def test_another_preparation_is_marked(checkpoints: Paths, fine_checkpoints: Paths) -> None:

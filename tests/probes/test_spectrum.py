@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ssat_probe import probe
+from ssat_probe.measures.bootstrap import resample_counts
 from ssat_probe.probes.spectrum import Probe
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
@@ -33,6 +34,24 @@ def test_values_are_those_of_the_covariance_of_each_images_tokens(checkpoints: P
     np.testing.assert_allclose(rows["log_value"], np.log(spectra).mean(0), rtol=1e-8)
     np.testing.assert_allclose(rows["log_value_sd"], np.log(spectra).std(0, ddof=1), rtol=1e-6)
     np.testing.assert_allclose(rows["energy_share"], (spectra / spectra.sum(1, keepdims=True)).mean(0), rtol=1e-8)
+
+
+def test_differences_to_the_first_checkpoint_are_those_of_each_singular_value(checkpoints: Paths) -> None:
+    first, second = (Subject.of(checkpoints[name], SAMPLE) for name in ("scratch", "ssat"))
+    before, after = Probe().between(iter([("scratch", first), ("ssat", second)]))
+    assert before["log_value_difference"].isna().all()
+    rows = after[after["block"] == 3]
+    logs = [
+        np.log(np.stack([np.linalg.svd(np.cov(tokens.T), compute_uv=False)[:15] for tokens in outputs(one, 3)]))
+        for one in (first, second)
+    ]
+    apart = logs[1] - logs[0]
+    np.testing.assert_allclose(rows["log_value_difference"], apart.mean(0), rtol=1e-7)
+    counts = resample_counts(torch.arange(7)).numpy()
+    counts = counts[:, counts.sum(0) > 0]
+    ends = np.quantile(counts.T @ apart / counts.sum(0)[:, None], [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(rows["log_value_difference_low"], ends[0], rtol=1e-6)
+    np.testing.assert_allclose(rows["log_value_difference_high"], ends[1], rtol=1e-6)
 
 
 def test_shares_sum_to_1_and_fall(checkpoints: Paths) -> None:

@@ -1,6 +1,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,17 @@ def test_gains_have_intervals_from_the_same_resamples():
     assert table["gain"].between(table["gain_low"], table["gain_high"]).all()
     widths = table["gain_high"] - table["gain_low"]
     assert (widths > 0).all()
+    assert (table["gain_undefined"] == 0).all()
+
+
+def test_the_spread_of_a_gain_is_what_each_image_adds_to_it():
+    subject = make()
+    table = Probe().measure(subject)
+    variances = [x.var(axis=1, ddof=1).mean(-1) for x in by_hand(subject)]
+    for row, (before, after) in zip(table[1:].itertuples(), pairwise(variances), strict=True):
+        added = (after / after.mean() - before / before.mean()) / np.log(2)
+        assert row.gain_sd == pytest.approx(added.std(ddof=1), rel=0.35)  # of few images and 1,000 resamples
+    assert table["gain_undefined"].tolist() == [1.0] + [0.0] * (len(table) - 1)
 
 
 def test_images_without_structure_have_no_variance():
