@@ -22,7 +22,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum over queries per image, to be added up over the chunks; other values, one per query, are put side by side."""
+    """A sum over queries per image, to be added up over chunks; other values, one per query, are put side by side."""
 
     value: Tensor
 

@@ -139,9 +139,7 @@ class ImageStatistics:
             self._intervals[name] = ends(self.replicates(name))
         return self._intervals[name]
 
-    def difference(
-        self, name: str, other: "ImageStatistics", entry: int | None = None
-    ) -> tuple[float, float, float]:
+    def difference(self, name: str, other: "ImageStatistics", entry: int | None = None) -> tuple[float, float, float]:
         """Mean difference to another model over the same images, with its paired 95 % interval.
 
         Args:
@@ -203,7 +201,7 @@ def _over_entries(replicates: Tensor) -> Tensor:
     return replicates.reshape(len(replicates), -1).nanmean(-1)
 
 
-def ends(replicates: Float[Tensor, "resample *entry"]) -> tuple[Float[Tensor, "*entry"], Float[Tensor, "*entry"]]:
+def ends(replicates: Float[Tensor, " resample *entry"]) -> tuple[Float[Tensor, " *entry"], Float[Tensor, " *entry"]]:
     """95 % interval of what resamples gave.
 
     Args:

@@ -124,8 +124,8 @@ def cka_spread(
 
     Returns:
         ``sd`` over images of the linearised contributions to the ratio (over √images the jackknife's standard error),
-        ``low`` and ``high`` ends of the 95 % interval, and ``replicates``, the ratio in each resample, in which those of
-        two models that saw the same images are paired; float64, NaN where `cka` is, and in groups of four.
+        ``low`` and ``high`` ends of the 95 % interval, and ``replicates``, the ratio in each resample: two models that
+        saw the same images are resampled alike. Float64; NaN where `cka` is, and in groups of four.
     """
     images, places = ids.flatten().unique(return_inverse=True)
     pairs, own, other = (

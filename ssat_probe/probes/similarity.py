@@ -9,8 +9,6 @@ from ssat_probe.registry import known
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
@@ -101,21 +99,17 @@ class Probe:
                     f"CKA of mode 'token' needs equal grids, got {seen[label].num_tokens} tokens of {label} and "
                     f"{seen[first].num_tokens} of {first}. Use mode 'gap'."
                 )
-        first = next(iter(seen.values()))
-        own = _compared(first, first)
-        with_first = {label: own if other is first else _compared(first, other) for label, other in seen.items()}
-        return [self._table(one, seen, own, with_first) for one in seen.values()]
+        firsts = {label: _compared(seen[first], other) for label, other in seen.items()}
+        return [self._table(label, seen, firsts) for label in seen]
 
-    def _table(
-        self, one: "Grams", seen: "dict[str, Grams]", own: "Values", with_first: "Mapping[str, Values]"
-    ) -> "DataFrame":
+    def _table(self, name: str, seen: "dict[str, Grams]", firsts: "dict[str, Values]") -> "DataFrame":
         from pandas import DataFrame
 
         rows = []
-        first = next(iter(seen.values()))
+        one, first = seen[name], next(iter(seen))
         for label, other in seen.items():
-            values = with_first[label] if one is first else _compared(one, other)
-            values = values | _difference(values, own if one is other else with_first[label], one, first)
+            values = firsts[label] if name == first else _compared(one, other)
+            values = values | _difference(values, firsts[first if label == name else label], one, seen[first])
             rows += [
                 {"block": block, "other": label, "other_block": other_block, "other_setting": other.setting}
                 | {name: float(value[i, j]) for name, value in values.items() if value.ndim == 2}

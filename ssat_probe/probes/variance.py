@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
+    from ssat_probe.measures.bootstrap import ImageStatistics
     from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
@@ -94,26 +95,13 @@ class Probe:
     def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
         from pandas import DataFrame
 
-        from ssat_probe.measures.bootstrap import ends
-        from ssat_probe.measures.features import gain
-
         rows, before, stage = [], None, 0
-        nan = float("nan")
         for site, one in seen.statistics.items():
             row: dict[str, Any] = {"index": site.index, "block": site.block, "site": site.name, "stage": site.stage}
             row |= {"depth": site.index / (len(seen.statistics) - 1), "num_images": seen.num_images}
             row |= one.spread("variance") | one.spread("relative_variance")
             row |= one.differences(_NAMES, first.statistics[site] if first else None)
-            row |= {"gain": nan, "gain_sd": nan, "gain_low": nan, "gain_high": nan, "gain_undefined": 1.0}
-            if before is not None and site.stage == stage:
-                gains = gain(before.replicates("variance"), one.replicates("variance"))
-                low, high = ends(gains)
-                squares = (gains - gains.nanmean()).square().nanmean()  # not of resamples without images
-                row |= {"gain": float(gain(before.mean("variance"), one.mean("variance")))}
-                # That of what each image adds to the gain, to first order: resamples deviate by 1/√images of it.
-                row |= {"gain_sd": float((squares * one.count("variance")).sqrt())}
-                row |= {"gain_low": float(low), "gain_high": float(high), "gain_undefined": float(math.isnan(row["gain"]))}
-            rows.append(row)
+            rows.append(row | _gain(before if site.stage == stage else None, one))
             before, stage = one, site.stage
         return DataFrame(rows)[[column.name for column in self.columns]]
 
@@ -181,6 +169,22 @@ class Probe:
                 }
             )
         return DataFrame(rows)
+
+
+def _gain(before: "ImageStatistics | None", after: "ImageStatistics") -> dict[str, float]:
+    """Gain of variance over a step with its spread; undefined at the beginning of a stage."""
+    from ssat_probe.measures.bootstrap import ends
+    from ssat_probe.measures.features import gain
+
+    if before is None:
+        return dict.fromkeys(("gain", "gain_sd", "gain_low", "gain_high"), math.nan) | {"gain_undefined": 1.0}
+    value = float(gain(before.mean("variance"), after.mean("variance")))
+    gains = gain(before.replicates("variance"), after.replicates("variance"))
+    low, high = ends(gains)
+    # Resamples deviate by 1/√images of what each image adds to the gain, to first order.
+    squares = (gains - gains.nanmean()).square().nanmean() * after.count("variance")
+    spread = {"gain_sd": float(squares.sqrt()), "gain_low": float(low), "gain_high": float(high)}
+    return {"gain": value, "gain_undefined": float(math.isnan(value))} | spread
 
 
 def _borders(table: "DataFrame") -> "DataFrame":

@@ -104,7 +104,9 @@ def test_differences_to_the_first_are_those_of_the_same_resamples(checkpoints: P
     subjects = {name: Subject.of(path, SAMPLE) for name, path in checkpoints.items()}
     tables = dict(zip(subjects, Probe(group=7).between(iter(subjects.items())), strict=True))
     features = {
-        name: torch.stack([torch.stack([centred_gram(FEATURES["gap"](x)[i : i + 7]) for i in (0, 7, 14)]) for x in seen])
+        name: torch.stack(
+            [torch.stack([centred_gram(FEATURES["gap"](x)[i : i + 7]) for i in (0, 7, 14)]) for x in seen]
+        )
         for name, seen in ((name, outputs(subject)) for name, subject in subjects.items())
     }
     names = list(subjects)
