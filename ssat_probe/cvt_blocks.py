@@ -6,6 +6,8 @@ from jaxtyping import Float
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ssat_probe.masked_convolution import Visible, keys_seen, shown
+
 
 class Embedding(nn.Module):
     """Overlapping convolution, then a norm of each token."""
@@ -56,7 +58,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, tokens: Float[Tensor, "batch token dim"], grid: tuple[int, int], counts: bool
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        grid: tuple[int, int],
+        counts: bool,
+        visible: Visible | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """Tokens after the block.
 
@@ -64,11 +70,12 @@ class Block(nn.Module):
             tokens: A class token in front if there is one more than the grid has places.
             grid: Rows and columns.
             counts: Batch norms take this pass into their running statistics.
+            visible: Places that convolutions and queries look at; none for all.
 
         Returns:
             As many tokens.
         """
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, counts))
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, counts, visible))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
@@ -91,7 +98,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "batch token dim"], grid: tuple[int, int], counts: bool
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        grid: tuple[int, int],
+        counts: bool,
+        visible: Visible | None = None,
     ) -> Float[Tensor, "batch token dim"]:
         """What each token takes from the keys.
 
@@ -99,19 +110,20 @@ class Attention(nn.Module):
             tokens: A class token in front if there is one more than the grid has places.
             grid: Rows and columns.
             counts: Batch norms take this pass into their running statistics.
+            visible: Places that convolutions and queries look at; none for all.
 
         Returns:
             As many tokens.
         """
         num_prefix = tokens.shape[1] - grid[0] * grid[1]
-        class_token, maps = tokens[:, :num_prefix], tokens[:, num_prefix:].mT.unflatten(2, grid)
+        class_token, maps = tokens[:, :num_prefix], shown(tokens[:, num_prefix:].mT.unflatten(2, grid), visible)
         heads = []
         for name in ("q", "k", "v"):
             projected = getattr(self, f"conv_proj_{name}")(maps, counts).flatten(2).mT
             projected = getattr(self, f"proj_{name}")(torch.cat([class_token, projected], dim=1))
             heads.append(projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2))
         q, k, v = heads
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, keys_seen(visible, num_prefix), scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

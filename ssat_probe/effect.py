@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ssat_probe import registry
 from ssat_probe.recipe import Recipe
 
 
@@ -46,6 +47,9 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         reasons |= dict.fromkeys([name for name in decoding if name not in ("norm_pix", "reconstruction_target")], own)
     if masks and recipe.augmentation != "strong":
         reasons["reconstruction_target"] = f"augmentation {recipe.augmentation} has neither colours nor noise"
+    reasons["masked_convolutions"] = "" if masks or classifies_masked else f"{why} masks nothing"
+    if registry.variants("models").get(recipe.model) != "cvt":
+        reasons["masked_convolutions"] = f"model {recipe.model} has no convolutions but its patch embedding"
     if recipe.subset is None:
         reasons["subset_seed"] = "all images are used"
     if recipe.select_on == "test" and recipe.select == "best":

@@ -73,6 +73,8 @@ def build_encoder(recipe: Recipe, facts: Facts, with_pretrained: bool = False) -
     module, options, _ = _family(recipe.model)
     options |= {"keeps_hidden": True} if recipe.task == "simmim" and not hasattr(module, "KEEPS_HIDDEN") else {}
     options |= {"is_pretrained": True} if with_pretrained and recipe.model.endswith(f"?{PRETRAINED}") else {}
+    if recipe.masked_convolutions and hasattr(module, "MASKED_CONVOLUTIONS"):
+        options |= {"masked_convolutions": True}
     options |= {"drop_path": recipe.drop_path} if recipe.drop_path else {}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)

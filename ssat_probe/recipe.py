@@ -180,6 +180,9 @@ class Recipe:
     reconstruction_target: Target = "augmented"
     "Pixels to predict: as they go in, or clean: cut out and mirrored alike, but before RandAugment and erasing."
 
+    masked_convolutions: bool = False
+    "Of CvT: hidden patches are left out of its convolutions and its attention (ConvMAE), in place of a mask token."
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without data; one that cannot be used is a ValueError."""
         for name in ("img_size", "patch_size"):

@@ -8,7 +8,8 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ssat_probe.cvt_blocks import Block, Embedding
-from ssat_probe.patches import Features
+from ssat_probe.masked_convolution import Visible, at_stage, shown
+from ssat_probe.patches import Features, visible_ids_of
 
 # cvt_13: Wu et al. (2021), Table 2. cvt_nano is ours, for 8x8 digits.
 VARIANTS = {
@@ -23,7 +24,10 @@ VARIANTS = {
 }
 
 KEEPS_HIDDEN = True
-"Hidden patches always pass the blocks as mask tokens, whatever the task."
+"Hidden patches pass the blocks as mask tokens whatever the task, unless convolutions are masked."
+
+MASKED_CONVOLUTIONS = True
+"It can be asked for."
 
 
 def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
@@ -45,7 +49,8 @@ class Model(nn.Module):
 
     A masked pass sets the hidden pixels to 0, the mean colour, before the first of the overlapping convolutions, so
     that nothing of them leaks into visible tokens, and puts a mask token in their places after it; it takes as long as
-    a full pass, and leaves the running statistics of the batch norms alone.
+    a full pass, and leaves the running statistics of the batch norms alone. With masked convolutions hidden places
+    carry nothing through any of the stages instead, no query looks at them, and only visible tokens come out.
 
     Not lucidrains' variant of the same name, which has no class token.
 
@@ -65,6 +70,7 @@ class Model(nn.Module):
         heads: tuple[int, ...],
         mlp_ratio: int | float = 4,
         drop_path: float = 0.0,
+        masked_convolutions: bool = False,
     ) -> None:
         """Make the model with fresh weights, from torch's global generator.
 
@@ -79,6 +85,7 @@ class Model(nn.Module):
             mlp_ratio: Width of the hidden layer of an MLP in units of the stage's width.
             drop_path: Chance that the last block's branches are skipped for an image in training; the other blocks of
                 the last stage have their share of it, the stages before none, as in the paper.
+            masked_convolutions: Leave hidden places out of convolutions and attention, as ConvMAE does.
 
         Raises:
             ValueError: If the total stride does not divide the image.
@@ -96,7 +103,7 @@ class Model(nn.Module):
         self.stride, self.grid = stride, (img_size[0] // stride[0], img_size[1] // stride[1])
         self.num_tokens = self.grid[0] * self.grid[1]
         self.num_prefix_tokens = (0, 0, 1)  # by stage
-        self.with_class_token, self.keeps_hidden = True, KEEPS_HIDDEN
+        self.with_class_token, self.keeps_hidden = True, not masked_convolutions
         self.num_stages = len(dims)
         for number in range(self.num_stages):
             is_last = number == self.num_stages - 1
@@ -113,8 +120,9 @@ class Model(nn.Module):
             self.add_module(f"stage{number}", stage)
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
-        self.mask_token = nn.Parameter(torch.zeros(1, dims[0], 1, 1))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.mask_token = None if masked_convolutions else nn.Parameter(torch.zeros(1, dims[0], 1, 1))
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.apply(_init_weights)
 
     def encode(
@@ -129,24 +137,33 @@ class Model(nn.Module):
             mask: True at the patches to hide, whose pixels are not looked at; none for a full pass.
 
         Returns:
-            The tokens of the last stage after the final norm, the hidden ones among them.
+            The tokens of the last stage after the final norm, the hidden ones among them; without them if convolutions
+            are masked.
         """
         counts = mask is None
-        hidden = None
+        hidden = visible = None
+        # On the CPU, as a mask should be, asking waits for nothing; a pass that hides nothing is then a dense one.
+        leaves_out = mask is not None and not self.keeps_hidden and bool(mask.any())
         if mask is not None:
             hidden = mask.to(images.device).unflatten(1, self.grid)[:, None]
             images = torch.where(_enlarged(hidden, self.stride), 0.0, images)
         first: Any = self.stage0
         maps, class_token = first.embedded(images), None
-        if hidden is not None:
+        if hidden is not None and self.mask_token is not None:
             maps = torch.where(_enlarged(hidden, (self.ratio, self.ratio)), self.mask_token.to(maps.dtype), maps)
         for number in range(self.num_stages):
             stage: Any = getattr(self, f"stage{number}")
-            maps = stage.embedded(maps) if number else maps
-            maps, class_token = stage(maps, counts)
+            maps = stage.embedded(shown(maps, visible)) if number else maps
+            if hidden is not None and leaves_out:
+                visible = at_stage(~hidden, 2 ** (self.num_stages - 1 - number))
+            maps, class_token = stage(maps, counts, visible)
         assert class_token is not None
         tokens = self.norm(torch.cat([class_token, maps.flatten(2).mT], dim=1))
-        return Features(tokens[:, 1:], tokens[:, 0], self.grid, None)
+        if mask is None or self.keeps_hidden:
+            return Features(tokens[:, 1:], tokens[:, 0], self.grid, None)
+        visible_ids = visible_ids_of(mask).to(images.device)
+        ids = visible_ids[:, :, None].expand(-1, -1, self.dim)
+        return Features(tokens[:, 1:].gather(1, ids), tokens[:, 0], self.grid, visible_ids)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Logits of a full pass: the head on the class token.
@@ -231,13 +248,14 @@ class Stage(nn.Module):
         return self.patch_embed(maps)
 
     def forward(
-        self, maps: Float[Tensor, "batch channel row column"], counts: bool
+        self, maps: Float[Tensor, "batch channel row column"], counts: bool, visible: Visible | None = None
     ) -> tuple[Float[Tensor, "batch channel row column"], Float[Tensor, "batch 1 channel"] | None]:
         """Tokens after the blocks.
 
         Args:
             maps: What ``embedded`` gave.
             counts: Batch norms take this pass into their running statistics.
+            visible: Places that convolutions and queries look at; none for all.
 
         Returns:
             The tokens as a map, and the class token if there is one.
@@ -248,7 +266,7 @@ class Stage(nn.Module):
             num_prefix = 1
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
-            tokens = block(tokens, (grid[0], grid[1]), counts)
+            tokens = block(tokens, (grid[0], grid[1]), counts, visible)
         maps = tokens[:, num_prefix:].mT.unflatten(2, grid)
         return maps, tokens[:, :1] if num_prefix else None
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ssat_probe import capture
 from ssat_probe.budget import budget_of
+from ssat_probe.checkpoint import load_checkpoint
 from ssat_probe.models import cvt
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.recipe import Recipe
+from ssat_probe.training import train
 
 Make = Callable[..., tuple]
 DIMS, DEPTHS, HEADS = (6, 8, 15), (1, 2, 2), (2, 4, 3)
@@ -228,3 +231,89 @@ def test_any_stride_gives_the_grid(patch: tuple[int, int]) -> None:
 def test_a_stride_that_does_not_divide_the_image_is_named(make_facts: Make) -> None:
     with pytest.raises(ValueError, match="patch_size times 4, the total stride of CvT, must divide the image of 28x36"):
         resolve(Recipe(model="cvt_13"), make_facts((28, 36)))
+
+
+# Masked convolutions
+
+
+def masked() -> cvt.Model:
+    """The model of ``made``, with masked convolutions."""
+    plain = made()
+    model = cvt.Model(
+        img_size=(24, 48), patch_size=(2, 4), channels=3, num_classes=11, dims=DIMS, depths=DEPTHS, heads=HEADS,
+        mlp_ratio=2, masked_convolutions=True,
+    ).double()  # fmt: skip
+    model.load_state_dict({name: value for name, value in plain.state_dict().items() if name != "mask_token"})
+    return model.eval()
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_masked_convolutions_that_hide_nothing_are_the_dense_ones_to_the_last_bit(
+    generator: Callable[[str], torch.Generator], *, is_training: bool
+) -> None:
+    images, none = images_of(generator), torch.zeros(5, 9, dtype=torch.bool)
+    with torch.no_grad():
+        dense = made().train(is_training).encode(images)
+        for mask in (none, None):
+            got = masked().train(is_training).encode(images, mask)
+            assert torch.equal(got.tokens, dense.tokens)
+            assert torch.equal(got.class_token, dense.class_token)
+
+
+def test_nothing_of_hidden_pixels_passes_masked_convolutions(generator: Callable[[str], torch.Generator]) -> None:
+    model, images = masked().train(), images_of(generator)
+    noise = torch.rand(5, 9, generator=generator("mask"))
+    mask = noise.argsort(1).argsort(1) >= 4
+    hidden = mask.view(5, 1, 3, 3).repeat_interleave(8, 2).repeat_interleave(16, 3).expand_as(images)
+    images.requires_grad_()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    features = model.encode(images, mask)
+    assert features.tokens.shape == (5, 4, 15)
+    assert torch.equal(features.visible_ids, torch.stack([(~row).nonzero().flatten() for row in mask]))
+    (features.tokens.square().sum() + features.class_token.square().sum()).backward()
+    assert images.grad is not None
+    assert not images.grad[hidden].any()
+    assert images.grad[~hidden].all()
+    again = model.encode(torch.where(hidden, float("nan"), images.detach()), mask)
+    assert torch.equal(again.tokens, features.tokens)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_what_hidden_places_hold_inside_reaches_no_visible_one(generator: Callable[[str], torch.Generator]) -> None:
+    model, images = masked(), images_of(generator)
+    mask = torch.rand(5, 9, generator=generator("mask")).argsort(1).argsort(1) >= 4
+
+    def spoilt(module: torch.nn.Module, args: tuple) -> tuple:
+        tokens, grid, *others = args
+        factor = grid[0] // 3
+        places = mask.view(5, 3, 3).repeat_interleave(factor, 1).repeat_interleave(factor, 2).flatten(1)
+        prefix = tokens.shape[1] - places.shape[1]
+        places = torch.cat([torch.zeros(5, prefix, dtype=torch.bool), places], dim=1)
+        return torch.where(places[:, :, None], torch.randn_like(tokens) * 1e3, tokens), grid, *others
+
+    with torch.no_grad():
+        plain = model.encode(images, mask)
+        for module in model.modules():
+            if type(module).__name__ == "Block":
+                module.register_forward_pre_hook(spoilt)
+        again = model.encode(images, mask)
+    assert torch.equal(again.tokens, plain.tokens)
+    assert torch.equal(again.class_token, plain.class_token)
+
+
+def test_a_masked_pass_sees_less_than_the_dense_one(generator: Callable[[str], torch.Generator]) -> None:
+    images, mask = images_of(generator), torch.zeros(5, 9, dtype=torch.bool)
+    mask[:, 4] = True  # the middle one of nine
+    with torch.no_grad():
+        got, dense = masked().encode(images, mask), made().encode(images, mask)
+    assert not torch.allclose(got.class_token, dense.class_token, rtol=1e-2)
+
+
+def test_it_trains_with_a_decoder_that_puts_mask_tokens_in(make_recipe: Make, tmp_path: Path) -> None:
+    fields = {"model": "cvt_nano", "subset": 14, "batch_size": 7, "epochs": 1, "masked_convolutions": True}
+    run = train(Recipe(**fields), tmp_path, device="cpu")  # type: ignore[arg-type]
+    assert "mask_token" not in run.state
+    assert "decoder.mask_token" in run.state
+    assert load_checkpoint(run.path).hash == run.hash
+    with pytest.raises(ValueError, match="decoder must be one for an encoder that leaves hidden patches out"):
+        train(Recipe(task="simmim", **fields), tmp_path, device="cpu")  # type: ignore[arg-type]
