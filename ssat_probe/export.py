@@ -35,6 +35,8 @@ def export(path: Path | str, to: Layout, out: Path | None = None) -> Path:
         ValueError: If ``to`` is unknown, the file would replace another kind of file, or there is no decoder to write.
     """
     known(to, get_args(Layout), "what export writes")
+    if str(path).startswith("timm:"):
+        raise ValueError(f"export writes checkpoints of ssat-probe train, got {path}, which timm has; give a file.")
     checkpoint = load_checkpoint(path)
     ending = {"timm": ".timm.pth", "mae": ".mae.pth", "safetensors": ".safetensors"}[to]
     out = out or checkpoint.path.with_suffix(ending)
@@ -43,12 +45,27 @@ def export(path: Path | str, to: Layout, out: Path | None = None) -> Path:
     if out.resolve() == checkpoint.path.resolve():
         raise ValueError(f"out must be another file than the checkpoint, got {out}; choose another name.")
     encoder = {n: v for n, v in checkpoint.state.items() if not n.startswith(DECODER_PREFIX)}
+    _check_layout(checkpoint, to, encoder)
+    if to == "timm":
+        encoder.pop("mask_token", None)  # of Swin's masked pass, which timm has not
     if to == "mae":
         return save_tensors({"model": encoder | _official_decoder(checkpoint), "epoch": checkpoint.epoch}, out)
     if out.suffix != ".safetensors":
         return save_tensors(encoder, out)
     state = checkpoint.state if to == "safetensors" else encoder
     return write_atomically(out, save(_contiguous(state), _facts(checkpoint, is_whole=to == "safetensors")))
+
+
+def _check_layout(checkpoint: Checkpoint, to: Layout, encoder: dict[str, Tensor]) -> None:
+    """Refuse a layout that has no names for this model."""
+    is_plain = "blocks.0.attn.qkv.weight" in encoder and "mask_token" not in encoder
+    is_cvt = "stage0.patch_embed.proj.weight" in encoder
+    if (to == "timm" and is_cvt) or (to == "mae" and not is_plain):
+        has = "no CvT" if to == "timm" else "a Vision Transformer alone, whose hidden patches are left out"
+        raise ValueError(
+            f"{checkpoint.path} must hold a model that {to} has, got {checkpoint.recipe.model}; {to} has {has}: use "
+            "--to safetensors" + (", whose names are Microsoft's." if is_cvt else " or --to timm.")
+        )
 
 
 def _official_decoder(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint as timm_load
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ssat_probe.checkpoint import Checkpoint, load_checkpoint
+from ssat_probe.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, state_of
 from ssat_probe.export import export
 from ssat_probe.foreign import Foreign, open_weights
+from ssat_probe.network import build_decoder, build_encoder
 from ssat_probe.source import Source
 
 Paths = dict[str, Path]
@@ -96,3 +98,34 @@ def test_mistakes_are_named(checkpoints: Paths, tmp_path: Path) -> None:
         export(checkpoints["scratch"], "timm", checkpoints["scratch"])
     with pytest.raises(ValueError, match=r"out must end as \.safetensors does for --to safetensors, got .*a\.pth"):
         export(checkpoints["scratch"], "safetensors", tmp_path / "a.pth")
+
+
+def test_swin_is_read_by_timm_and_cvt_is_not_given_names_that_nobody_has(
+    make_recipe: Callable[..., tuple], tmp_path: Path, images: Tensor
+) -> None:
+    for model in ("swin_nano", "cvt_nano"):
+        recipe, facts = make_recipe(model=model, method="ssat")
+        torch.manual_seed(0)
+        encoder, decoder = build_encoder(recipe, facts), build_decoder(recipe, facts)
+        save_checkpoint(Checkpoint(tmp_path / f"{model}.pt", recipe, facts, "train", 1, state_of(encoder, decoder)))
+    written = export(tmp_path / "swin_nano.pt", "timm")
+    timms = SwinTransformer(
+        img_size=8, patch_size=1, in_chans=1, num_classes=10, embed_dim=12, depths=(2, 2), num_heads=(2, 4),
+        window_size=2,
+    ).eval()  # fmt: skip
+    timm_load(timms, str(written), strict=True)
+    with torch.no_grad():
+        ours = load_checkpoint(tmp_path / "swin_nano.pt").encoder().eval()(images)
+        torch.testing.assert_close(timms(images), ours, rtol=1e-5, atol=1e-6)
+    for name, to, sentence in (
+        ("swin_nano", "mae", r"must hold a model that mae has, got swin_nano; .* use --to safetensors or --to timm"),
+        ("cvt_nano", "mae", r"must hold a model that mae has, got cvt_nano; .* whose names are Microsoft's"),
+        ("cvt_nano", "timm", r"must hold a model that timm has, got cvt_nano; timm has no CvT: use --to safetensors"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            export(tmp_path / f"{name}.pt", to)  # type: ignore[arg-type]
+    for name in ("swin_nano", "cvt_nano"):
+        back = open_weights(export(tmp_path / f"{name}.pt", "safetensors"))
+        assert back.hash == load_checkpoint(tmp_path / f"{name}.pt").hash
+    with pytest.raises(ValueError, match=r"export writes checkpoints of ssat-probe train, got timm:vit_tiny"):
+        export("timm:vit_tiny_patch16_224", "safetensors")
