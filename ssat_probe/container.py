@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssat_probe.archive import few, shown
 from ssat_probe.checkpoint import load_tensors, num_stored
@@ -59,7 +59,13 @@ def open_content(path: Path, is_trusted: bool = False) -> Any:
             except Exception:  # whatever a file can do wrong; the next line says what it asked for first
                 pass
         if is_trusted:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=False)
+            except Exception as error:  # it ran programs of its own, which may raise anything
+                raise ValueError(
+                    f"{path} must find the programs that it was saved with, got {type(error).__name__}: {error}; put "
+                    "them on PYTHONPATH, or save a state_dict instead."
+                ) from error
     raise ValueError(f"{sentence.removesuffix('.')}, or give --trust if you trust its author to run programs here.")
 
 
@@ -82,7 +88,7 @@ def take_state(content: Any, path: Path, entry: str = "") -> tuple[dict[str, Ten
     """The state dict within a file's content.
 
     Args:
-        content: Of the file: a state dict, or a dictionary that holds one.
+        content: Of the file: a state dict, a whole module, or a dictionary that holds one of these.
         path: Of the file.
         entry: Which one; empty means the first of ``ENTRIES`` that is there, or the content itself.
 
@@ -93,6 +99,7 @@ def take_state(content: Any, path: Path, entry: str = "") -> tuple[dict[str, Ten
         ValueError: If there is no state dict, or a tensor in it declares more values than the file holds.
     """
     found = {"": content} | (dict(content) if isinstance(content, Mapping) else {})
+    found = {name: value.state_dict() if isinstance(value, nn.Module) else value for name, value in found.items()}
     states = {str(name): value for name, value in found.items() if _is_state(value)}
     if entry and entry not in states:
         raise ValueError(

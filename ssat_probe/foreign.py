@@ -152,7 +152,7 @@ def open_weights(
     try:
         own_dir = data_dir if source.trained_on == data else None
         found = _of_file(path, source, state, layout or "timm", entry, own_dir)
-        return dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, **_told(content, source)))
+        return _as_told(found, _told(content, source))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -183,11 +183,22 @@ def _of_file(
         reason = "its encoder has no masked pass" if name else "it does not fit this image or patch size"
         lost = {DECODER_PREFIX + part: reason for part in converted.decoder}
         report = dataclasses.replace(report, dropped=report.dropped | lost)
-    report = dataclasses.replace(report, resized=report.resized | resized)
+    pixels = "told" if source.mean else "timm's configuration says" if name else converted.pixels
+    note = "; ".join(part for part in (converted.note, f"images normalised as {pixels}") if part)
+    report = dataclasses.replace(report, resized=report.resized | resized, note=note)
     config = resolve_model_data_config(model) if name else {"mean": converted.mean, "std": converted.std}
     label = f"{path.stem}-{entry}" if entry not in ("", "model", "state_dict") else path.stem
     told = kind if layout == kind.lower() else f"{layout} {kind}"
     return _foreign(path, label, name or told, classes, model, make, decoder, report, config, source)
+
+
+def _as_told(found: Foreign, told: dict[str, Any]) -> Foreign:
+    """With what is known of the masked pass, and a word on what its decoder predicts."""
+    report = found.report
+    if found.has_decoder:
+        pixels = "normalised patch by patch" if told["norm_pix"] else "as they are"
+        report = dataclasses.replace(report, note=f"{report.note}; the decoder predicts pixels {pixels}")
+    return dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, **told), report=report)
 
 
 def _told(content: Any, source: Source) -> dict[str, Any]:

@@ -164,3 +164,25 @@ def test_a_prefix_comes_off_only_where_all_names_have_it() -> None:
     assert stripped("a.module.b") == ["a.module.b"]
     assert stripped("n_averaged", "module.a") == ["a"]
     assert stripped("backbone._orig_mod.a", "head.b") == ["backbone.a", "head.b"]
+
+
+def test_a_whole_module_is_taken_as_its_weights_where_it_is_trusted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(2, 3)
+    for content, entry in ((module, ""), ({"model": module, "epoch": 3}, "model")):
+        torch.save(content, tmp_path / "whole.pth")
+        with pytest.raises(ValueError, match=r"would run code when opened \(torch\.nn\.modules\.linear\.Linear\)"):
+            open_content(tmp_path / "whole.pth")
+        state, found = take_state(open_content(tmp_path / "whole.pth", is_trusted=True), tmp_path / "whole.pth")
+        assert found == entry
+        assert torch.equal(state["weight"], module.weight)
+
+
+def test_a_trusted_file_whose_program_is_not_here_says_which(tmp_path: Path) -> None:
+    content = b"\x80\x02cnowhere_to_be_found\nNet\n)\x81."
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"would run code .* \(nowhere_to_be_found\.Net\)"):
+        open_content(tmp_path / "a.pt")
+    sentence = r"a\.pt must find the programs that it was saved with, got \w+: .*; put them on PYTHONPATH"
+    with pytest.raises(ValueError, match=sentence):
+        open_content(tmp_path / "a.pt", is_trusted=True)

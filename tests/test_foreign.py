@@ -183,3 +183,18 @@ def test_a_small_file_whose_names_tell_a_huge_model_is_refused_before_there_is_r
     sentence = r"few\.pth: The file must hold about as many values as its model has, got 73,\d+ for a model of 40,47"
     with pytest.raises(ValueError, match=sentence):
         open_weights(tmp_path / "few.pth", Source(allow_partial=True))
+
+
+def test_what_is_said_of_the_pixels_is_what_is_done(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=2)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+
+    def said(**fields: object) -> tuple[str, tuple[float, ...]]:
+        found = open_weights(tmp_path / "a.pth", Source(**fields))  # type: ignore[arg-type]
+        assert isinstance(found, Foreign)
+        return found.report.note, found.facts.mean
+
+    assert said() == ("images normalised as ImageNet's", (0.485, 0.456, 0.406))
+    told = said(model="timm:vit_tiny_patch16_224", img_size=(32,), allow_partial=True)
+    assert told == ("images normalised as timm's configuration says", (0.5, 0.5, 0.5))
+    assert said(mean=(0.1, 0.2, 0.3), std=(1.0,) * 3) == ("images normalised as told", (0.1, 0.2, 0.3))

@@ -32,8 +32,10 @@ class Converted:
     "Width of an attention head where the layout fixes it; 0 means that the width of the model tells."
     patches_normed: bool = False
     "The patches' pixels pass a LayerNorm before they are embedded."
+    pixels: str = "ImageNet's"
+    "As whose the images are normalised, in words."
     note: str = ""
-    "What was assumed because the file does not say it."
+    "What else was assumed because the file does not say it."
 
 
 def detect(names: Iterable[str]) -> str:

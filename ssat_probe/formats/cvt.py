@@ -28,4 +28,4 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
     Returns:
         With the head where there is one; the official files hold no mask token.
     """
-    return Converted(dict(state), norm_eps=1e-5, note="keys on every second place; images normalised as ImageNet's")
+    return Converted(dict(state), norm_eps=1e-5, note="keys on every second place")

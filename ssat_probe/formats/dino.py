@@ -31,4 +31,4 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
     encoder = {n.removeprefix("backbone."): value for n, value in state.items() if n.startswith("backbone.")}
     dropped = {n: "projection head of the training, no classifier" for n in state if n.startswith("head.")}
     kept = {n: value for n, value in state.items() if not n.startswith(("backbone.", "head."))}
-    return Converted(encoder | kept, dropped=dropped, note="images normalised as ImageNet's")
+    return Converted(encoder | kept, dropped=dropped)

@@ -69,8 +69,8 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
             continue
         parts[is_decoder][_renamed(bare, _IN_DECODER if is_decoder else _NAMES)] = value
     mean, std = IMAGENET if is_mae else HALF
-    note = f"images normalised as {'ViTMAE' if is_mae else 'ViT'}'s image processor does"
-    return Converted(parts[0], parts[1], dropped, norm_eps=1e-12, mean=mean, std=std, note=note)
+    pixels = f"{'ViTMAE' if is_mae else 'ViT'}'s image processor does"
+    return Converted(parts[0], parts[1], dropped, norm_eps=1e-12, mean=mean, std=std, pixels=pixels)
 
 
 def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
     side = round((weight.shape[1] / 3) ** 0.5) if weight.ndim == 2 else 0
     if side and 3 * side * side == weight.shape[1]:
         encoder["patch_embed.proj.weight"] = rearrange(weight, "d (p q c) -> d c p q", p=side, q=side).contiguous()
-    note = f"head width {HEAD_DIM}, the head reads the class token; images normalised as ImageNet's"
+    note = f"head width {HEAD_DIM}, the head reads the class token"
     return Converted(encoder, norm_eps=1e-5, head_dim=HEAD_DIM, patches_normed=is_new, note=note)
 
 

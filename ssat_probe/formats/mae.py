@@ -42,4 +42,4 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
         old = next(prefix for prefix in _DECODER if name.startswith(prefix))
         decoder[_DECODER[old] + name.removeprefix(old)] = value
     note = "SSAT, with its head" if "head.weight" in state else "MAE, without a head"
-    return Converted(encoder, decoder, note=f"{note}; images normalised as ImageNet's; pixels not normalised by patch")
+    return Converted(encoder, decoder, note=note)

@@ -36,7 +36,7 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
     kept = {name: value for name, value in state.items() if name not in dropped}
     if "layers.0.downsample.reduction.weight" in state:  # the official order: a stage ends with its merging
         kept = {_moved(name): value for name, value in kept.items()}
-    return Converted(kept, dropped=dropped, norm_eps=1e-5, note="images normalised as ImageNet's")
+    return Converted(kept, dropped=dropped, norm_eps=1e-5)
 
 
 def _moved(name: str) -> str:

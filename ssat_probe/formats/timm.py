@@ -34,4 +34,4 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
     """
     dropped = {"mask_token": "used by masked pre-training alone"} if "mask_token" in state else {}
     kept = {name: value for name, value in state.items() if name not in dropped}
-    return Converted(kept, dropped=dropped, note="images normalised as ImageNet's")
+    return Converted(kept, dropped=dropped)

@@ -70,7 +70,7 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
         encoder["patch_embed.proj.weight"] = weight.sum(2)
     if weight.ndim > 3 and "pos_embed" not in encoder:
         encoder["pos_embed"] = sinusoids(SLICE[0] * SLICE[1], len(weight))[None]
-    note = "each image is a still clip of two frames; images normalised as ImageNet's; positions of the first slice"
+    note = "each image is a still clip of two frames; positions of the first slice"
     return Converted(encoder, dropped=dropped, norm_eps=1e-12 if is_face else 1e-6, note=note)
 
 

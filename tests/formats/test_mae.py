@@ -65,6 +65,8 @@ def test_whether_patches_are_normed_is_told_by_the_options_in_the_file_or_by_the
     state = autoencoder(0).names()
     told = opened({"model": state, "args": argparse.Namespace(norm_pix_loss=True, mask_ratio=0.5)})
     assert (told.recipe.norm_pix, told.recipe.mask_ratio) == (True, 0.5)
+    assert told.report.note.endswith("the decoder predicts pixels normalised patch by patch")
     silent = opened({"model": state})
     assert (silent.recipe.norm_pix, silent.recipe.mask_ratio) == (False, 0.75)
+    assert silent.report.note.endswith("the decoder predicts pixels as they are")
     assert opened({"model": state}, norm_pix=True).recipe.norm_pix
