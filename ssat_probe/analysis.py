@@ -251,7 +251,8 @@ def run(
             progress=progress,
         )
     else:
-        is_new = side_by_side(cells, jobs or analysis.jobs, analysis.threads, progress)
+        names = [one.name for one in analysis.cells]
+        is_new = side_by_side(cells, names, jobs or analysis.jobs, analysis.threads, progress)
     folders = {checkpoints / one.name: one for one in analysis.cells}
     tables = {one.name: _gathered(one, folders, out, analysis.axes) for one in measurements}
     costs = _costs(folders, analysis.axes)

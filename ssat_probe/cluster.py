@@ -1,5 +1,6 @@
 """Cluster: pieces of work as jobs of Slurm, through submitit; what was stopped goes on, what failed is reported."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ssat_probe.workers import Progress, Work
+from ssat_probe.workers import Progress, Work, refuse_failed
 
 POLL_S = 5.0
 "Seconds between two looks at the jobs; submitit asks Slurm less often than it is asked."
@@ -45,7 +46,7 @@ def as_jobs(
     options: Mapping[str, Any],
     progress: Progress,
 ) -> bool:
-    """Do all pieces as jobs, and wait for them.
+    """Do all pieces as jobs, and wait for them; a job that was killed is sent once more, when the others have ended.
 
     Args:
         pieces: What to do; they must find their files on every machine.
@@ -62,7 +63,6 @@ def as_jobs(
 
     Raises:
         ValueError: If submitit is not installed, or does not know an option.
-        ChildProcessError: If jobs failed; the others are done, and the sentence names those that are not.
     """
     if not pieces:
         return False
@@ -85,23 +85,34 @@ def as_jobs(
     at_once = len(pieces) if cluster == "slurm" else jobs or 1
     results: list[bool] = []
     failed: dict[str, str] = {}
-    for begin in range(0, len(pieces), at_once):
-        with executor.batch():
-            group = [executor.submit(Submitted(piece, threads)) for piece in pieces[begin : begin + at_once]]
-        _wait(group, begin, len(pieces), progress)
-        for name, job in zip(names[begin:], group, strict=False):
-            reason = job.exception()
-            if reason is None:
-                results.append(bool(job.result()))
-            else:
-                failed[name] = f"job {job.job_id}: {(str(reason).strip() or type(reason).__name__).splitlines()[-1]}"
-    if failed:
-        shown = "; ".join(f"{name} ({why})" for name, why in list(failed.items())[:3])
-        raise ChildProcessError(
-            f"All {len(pieces)} trainings must be done, got {len(failed)} that failed: {shown}; see the logs in "
-            f"{folder}. The same command does these again and none of the others."
-        )
+    left = list(range(len(pieces)))
+    for is_last in (False, True):
+        killed: list[int] = []
+        for begin in range(0, len(left), at_once):
+            numbers = left[begin : begin + at_once]
+            with executor.batch():
+                group = [executor.submit(Submitted(pieces[number], threads)) for number in numbers]
+            _wait(group, len(pieces) - len(left) + begin, len(pieces), progress)
+            for number, job in zip(numbers, group, strict=True):
+                reason = job.exception()
+                if reason is None:
+                    results.append(bool(job.result()))
+                elif isinstance(reason, submitit.core.utils.UncompletedJobError) and not is_last:
+                    killed.append(number)
+                else:
+                    failed[names[number]] = f"job {job.job_id}: {_sentence_of(reason)}"
+        left = killed
+    refuse_failed(failed, len(pieces), f"See the logs in {folder}. ")
     return any(results)
+
+
+def _sentence_of(reason: Exception) -> str:
+    """The line of submitit's report that says why: the state of a job without result, else the end of its traceback."""
+    report = str(reason).strip()
+    if state := re.search(r"has not produced any output.*", report):
+        return state[0]
+    trace = re.split(r"\n-{10,}\n", report)[1:2] or [report or type(reason).__name__]
+    return trace[0].strip().splitlines()[-1].rstrip(". ")
 
 
 def _wait(group: Sequence[Any], before: int, total: int, progress: Progress) -> None:

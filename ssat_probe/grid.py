@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -272,6 +273,11 @@ def _as_they_come(
         waiting = {pool.submit(work, weights[part]): part for part in parts}
         for future in as_completed(waiting):
             yield from zip(waiting[future], future.result(), strict=True)
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"The {len(left)} points of the grid must be measured, got a process that was killed; if memory is short, "
+            "take fewer jobs. With keep, the same command goes on from here."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -17,6 +17,7 @@ import pytest
 from torchvision.datasets import CIFAR10
 
 from ssat_probe import analysis, report
+from ssat_probe.cli import main
 from ssat_probe.data import cifar10
 from ssat_probe.models import vit
 from ssat_probe.registry import PACKAGE
@@ -223,6 +224,44 @@ def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, t
     timeless = [table[table["measure"] != "training time"] for table in tables]
     pd.testing.assert_frame_equal(*timeless, check_exact=True)
     assert (tmp_path / "whole" / "out" / "report.html").is_file()
+
+
+FAILING = """
+recipe: {model: vit_pico, data: digits, subset: 40, epochs: 1, batch_size: 20}
+methods: [scratch, ssat]
+seeds: [0, 1]
+probes: {accuracy: {num_images: 30}}
+measures: {accuracy: {probe: accuracy, column: accuracy}}
+threads: 1
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_cell_that_fails_is_named_the_others_are_done_and_the_same_command_does_it_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    path, runs, out = tmp_path / "failing.yaml", tmp_path / "runs", tmp_path / "out"
+    path.write_text(FAILING, encoding="utf-8")
+    names = [cell.name for cell in analysis.read(path).cells]
+    damaged = runs / names[1] / "training_state.pt"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"PK\x03\x04 and no more")
+    words = ["reproduce", str(path), "--device", "cpu", "--jobs", jobs, "--out", str(out), "--checkpoints", str(runs)]
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"All 4 trainings must be done, got 1 that failed: {names[1]} ({damaged} must be ")
+    assert said.endswith("What is done is kept; the same command does these again and none of the others.\n")
+    assert not (out / "comparison.csv").exists()
+    done = {file: file.stat().st_mtime_ns for file in runs.rglob("*.*") if file != damaged}
+    assert sorted(file.parent.name for file in done if file.name == "accuracy.csv") == sorted({*names} - {names[1]})
+    damaged.unlink()
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert pd.read_csv(out / "accuracy.csv")["checkpoint"].tolist() == names
 
 
 def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,30 @@ from ssat_probe.cluster import Submitted, as_jobs
 PARAMETERS = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "slurm_partition"}
 
 
+RAISED = """Job (task=0) failed during processing with trace:
+----------------------
+Traceback (most recent call last):
+  File "submission.py", line 76, in process_job
+    result = delayed.result()
+{}
+----------------------
+You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:
+  - jobs/7_0_log.err
+  - jobs/7_0_log.out"""
+"What submitit 1.5 says of a job that raised."
+
+KILLED = """Job {} (task: 0) with path jobs/7_0_result.pkl
+has not produced any output (state: OUT_OF_MEMORY)
+Error stream produced:
+----------------------------------------
+slurmstepd: error: Detected 1 oom_kill event"""
+"What it says of one that was killed."
+
+
+class UncompletedJobError(RuntimeError):
+    """As submitit's."""
+
+
 class Job:
     """Runs what was pickled when it is asked twice, as a job does between two looks; unknown until its batch ends."""
 
@@ -30,8 +54,10 @@ class Job:
         if self._looks == 2:
             try:
                 self._result = pickle.loads(self._content)()
+            except SystemExit:
+                self._error = UncompletedJobError(KILLED.format(self.job_id))
             except Exception as error:
-                self._error = RuntimeError(f"Job (task=0) failed during processing with trace:\n{error}")
+                self._error = RuntimeError(RAISED.format(f"{type(error).__name__}: {error}"))
         return self._looks >= 2
 
     def exception(self) -> Exception | None:
@@ -82,6 +108,8 @@ class Delayed:
 def submitit(monkeypatch: pytest.MonkeyPatch) -> type[Executor]:
     stand_in = types.ModuleType("submitit")
     stand_in.AutoExecutor = Executor  # type: ignore[attr-defined]
+    utils = types.SimpleNamespace(UncompletedJobError=UncompletedJobError)
+    stand_in.core = types.SimpleNamespace(utils=utils)  # type: ignore[attr-defined]
     stand_in.helpers = types.SimpleNamespace(DelayedSubmission=Delayed)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "submitit", stand_in)
     monkeypatch.setattr(cluster, "POLL_S", 0.0)
@@ -97,6 +125,10 @@ class Piece:
 
     def __call__(self, told: Any) -> bool:
         told(1, 1, "nobody listens")
+        if self.name == "killed always" or (self.name == "killed once" and not (self.folder / "before").exists()):
+            if self.name == "killed once":
+                (self.folder / "before").touch()
+            raise SystemExit  # as near as a piece in this process gets to being killed
         if self.name.startswith("bad"):
             raise ValueError(f"{self.name} cannot be done")
         (self.folder / self.name).touch()
@@ -128,11 +160,28 @@ def test_on_this_machine_they_go_one_after_another(tmp_path: Path, submitit: typ
 
 def test_what_fails_is_named_and_the_others_are_done(tmp_path: Path, submitit: type[Executor]) -> None:
     sentence = (
-        r"All 3 trainings must be done, got 1 that failed: bad seed \(job 7_2: bad seed cannot be done\); see the"
+        r"All 3 trainings must be done, got 1 that failed: bad seed \(job 7_2: ValueError: bad seed cannot be done\)\. "
+        r"See the logs in .*jobs\. What is done is kept; the same command does these again and none of the others"
     )
     with pytest.raises(ChildProcessError, match=sentence):
         jobs_of(tmp_path, "a", "bad seed", "b")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_job_that_was_killed_is_sent_once_more(tmp_path: Path, submitit: type[Executor]) -> None:
+    assert jobs_of(tmp_path, "a", "killed once", "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "before", "killed once", "b"}
+    assert submitit.made[0].batches == [3, 1]
+
+
+def test_a_job_that_is_killed_again_is_named_with_its_state(tmp_path: Path, submitit: type[Executor]) -> None:
+    sentence = (
+        r"got 1 that failed: killed always \(job 7_1: has not produced any output \(state: OUT_OF_MEMORY\)\)\. See"
+    )
+    with pytest.raises(ChildProcessError, match=sentence):
+        jobs_of(tmp_path, "a", "killed always", "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert submitit.made[0].batches == [3, 1]
 
 
 def test_an_unknown_option_is_named(tmp_path: Path, submitit: type[Executor]) -> None:

@@ -1,16 +1,16 @@
 """Pieces of work side by side: what they did, what they tell, what stays as it was."""
 
-import functools
+import importlib
 import operator
-import os
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ssat_probe import workers
-from ssat_probe.workers import Progress, side_by_side
+from ssat_probe.workers import Progress, refuse_failed, side_by_side
 
 
 def silent(done: int, total: int, text: str) -> None:
@@ -21,36 +21,76 @@ def silent(done: int, total: int, text: str) -> None:
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(("last", "is_new"), [(bool, True), (operator.not_, False)])
 def test_all_pieces_are_done_and_one_that_did_something_is_told_of(jobs: int, last: Any, is_new: bool) -> None:
-    assert side_by_side([operator.not_, operator.not_, last], jobs, 1, silent) is is_new
+    assert side_by_side([operator.not_, operator.not_, last], "abc", jobs, 1, silent) is is_new
+
+
+PIECES = """
+import os, signal, time
+
+def touch(path, seconds, told):
+    time.sleep(seconds)
+    with path.open("a") as file:
+        file.write("done")
+    return True
+
+def die_once(path, told):
+    if not path.exists():
+        path.write_text("killed, ")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return touch(path, 0.0, told)
+
+def die(told):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def miss(told):
+    raise FileNotFoundError("a.npz must be there, got nothing.")
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pieces that a worker can import."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "pieces_of_work.py").write_text(PIECES)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    return importlib.import_module("pieces_of_work")
+
+
+def written(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_piece_that_fails_ends_the_others_with_its_error(jobs: int) -> None:
-    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-        side_by_side([operator.index, operator.not_, operator.not_], jobs, 1, silent)  # type: ignore[list-item]
+def test_pieces_that_fail_leave_the_others_alone_and_are_named_at_the_end(tmp_path: Path, work: Any, jobs: int) -> None:
+    pieces = [operator.index, partial(work.touch, tmp_path / "a", 0), work.miss, partial(work.touch, tmp_path / "b", 0)]
+    sentence = (
+        r"^All 4 trainings must be done, got 2 that failed: first \(TypeError: 'function' object cannot be interpreted "
+        r"as an integer\); third \(a\.npz must be there, got nothing\)\. What is done is kept; the same command does "
+        r"these again and none of the others\.$"
+    )
+    with pytest.raises(ChildProcessError, match=sentence):
+        side_by_side(pieces, ["first", "second", "third", "fourth"], jobs, 1, silent)
+    assert written(tmp_path) == {"a": "done", "b": "done"}
 
 
-def test_a_killed_process_is_tried_once_more_and_then_named() -> None:
-    dies = functools.partial(next, map(os._exit, [9]))  # next(..., told), so that a worker can import it
-    with pytest.raises(
-        ChildProcessError, match="All 2 pieces of work must end by themselves, got a process that was k"
-    ):
-        side_by_side([operator.not_, dies], 2, 1, silent)
+def test_many_that_fail_are_counted() -> None:
+    failed = {f"seed {number}": "it did" for number in range(7)}
+    with pytest.raises(ChildProcessError, match=r"got 7 that failed: .*; seed 4 \(it did\); and 2 more\. See"):
+        refuse_failed(failed, 9, "See there. ")
+    refuse_failed({}, 9)
 
 
-def test_what_was_killed_once_is_done_in_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts = []
-    real = workers._in_pool
+def test_a_killed_process_is_tried_once_more_and_the_others_go_on_undisturbed(tmp_path: Path, work: Any) -> None:
+    others = [partial(work.touch, tmp_path / name, 0.2) for name in "bcd"]
+    assert side_by_side([partial(work.die_once, tmp_path / "a"), *others], "abcd", 2, 1, silent)
+    assert written(tmp_path) == {"a": "killed, done", "b": "done", "c": "done", "d": "done"}
 
-    def killed_once(*arguments: Any) -> bool:
-        attempts.append(len(arguments[0]))
-        if len(attempts) == 1:
-            raise BrokenProcessPool
-        return real(*arguments)
 
-    monkeypatch.setattr(workers, "_in_pool", killed_once)
-    assert side_by_side([operator.not_, operator.not_], 2, 1, silent)
-    assert attempts == [2, 2]
+def test_one_that_is_killed_twice_is_named_and_the_others_are_done(tmp_path: Path, work: Any) -> None:
+    others = [partial(work.touch, tmp_path / name, 0.2) for name in "acd"]
+    with pytest.raises(ChildProcessError, match=r"got 1 that failed: b \(its process was killed, twice; if memory is"):
+        side_by_side([others[0], work.die, *others[1:]], "abcd", 2, 1, silent)
+    assert written(tmp_path) == {"a": "done", "c": "done", "d": "done"}
 
 
 def test_progress_is_that_of_all_and_expects_of_the_unknown_what_the_known_take() -> None:
@@ -60,7 +100,7 @@ def test_progress_is_that_of_all_and_expects_of_the_unknown_what_the_known_take(
         return True
 
     told: list[tuple[int, int, str]] = []
-    side_by_side([piece, piece, piece], 1, 1, lambda *news: told.append(news))
+    side_by_side([piece, piece, piece], "abc", 1, 1, lambda *news: told.append(news))
     assert told == [(done, 6, "half" if done % 2 else "done") for done in range(1, 7)]
 
 
@@ -72,7 +112,7 @@ def test_threads_are_as_asked_and_afterwards_as_before() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        side_by_side([piece], 1, 3, silent)
+        side_by_side([piece], "a", 1, 3, silent)
     assert (seen, torch.get_num_threads()) == ([3], before)
 
 
