@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import lanczos, ritz
+from ssat_probe.measures.processes import gathered, woven
 
 POWER_STEPS, POWER_TOLERANCE = 100, 1e-3  # defaults of PyHessian 0.1, `hessian.eigenvalues`
 
@@ -55,7 +56,7 @@ def batch_ends(
         on_step: Called with the number of products so far.
 
     Returns:
-        One entry per batch, in their order.
+        One entry per batch, in their order; where processes share the batches, those of all.
     """
     found, sizes, spent = [], [], 0
     for batch, num in batches:
@@ -67,10 +68,9 @@ def batch_ends(
         spent += operator.num_products
         if on_step is not None:
             on_step(spent)
-    ends = np.array([[one.values[-1], one.values[0]] for one in found])
-    residuals = np.array([[one.residuals[-1], one.residuals[0]] for one in found])
-    converged = np.array([[one.converged[-1], one.converged[0]] for one in found])
-    return BatchEnds(ends[:, 0], ends[:, 1], residuals, converged, tuple(sizes), spent)
+    columns = [[(values[-1], values[0]) for values in (one.values, one.residuals, one.converged)] for one in found]
+    ends, residuals, converged = (np.array(column) for column in zip(*woven(columns), strict=True))
+    return BatchEnds(ends[:, 0], ends[:, 1], residuals, converged, tuple(woven(sizes)), sum(gathered([spent])))
 
 
 def negative_proportion(eigenvalues: Float64[np.ndarray, " batch"]) -> float:

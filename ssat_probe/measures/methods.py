@@ -30,7 +30,7 @@ from ssat_probe.measures.inverse import (
 from ssat_probe.measures.jackknife import DataErrors, data_errors
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.peers import pyhessian
-from ssat_probe.measures.processes import gathered
+from ssat_probe.measures.processes import first, gathered, woven
 from ssat_probe.measures.stopping import Until, is_reached, run_length
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
@@ -217,7 +217,8 @@ def _finish(runs: list[LanczosRun], operator: HessianOperator, settings: Setting
         images = operator.products(torch.stack([run.vector for run in going]))
         for run, image in zip(going, images, strict=True):
             run.take(image)
-        if settings.folder is not None and time.monotonic() - saved >= SAVE_EVERY_S:
+        # Of all processes at the same step: where one was left at another, all would begin again.
+        if settings.folder is not None and first(time.monotonic() - saved >= SAVE_EVERY_S):
             for run in going:
                 run.save()
             saved = time.monotonic()
@@ -341,6 +342,7 @@ def _batches(operator: HessianOperator, settings: Settings) -> Rows:
             values, products = signed_power(one.product, one.size, seed=settings.seed)
         power.append(values[0])
         spent += products
+    power, spent = woven(power), sum(gathered([spent]))
     rows += [{"quantity": "batch_power", "index": i, "value": float(x), "unit": "loss"} for i, x in enumerate(power)]
     for prefix, dominant in (("", found.dominant), ("power_", np.array(power))):
         rows.append({"quantity": f"{prefix}nep", "value": negative_proportion(dominant)})

@@ -66,6 +66,20 @@ def gathered(entries: list[Any]) -> list[Any]:
     return [entry for one in lists for entry in one]
 
 
+def woven(entries: list[Any]) -> list[Any]:
+    """The whole list of which each process has every n-th entry, as they share batches.
+
+    Args:
+        entries: Plain values; those of process 0 begin with the first of all.
+
+    Returns:
+        The same list in every process.
+    """
+    num = place()[1]
+    numbered = gathered([(place()[0] + num * number, entry) for number, entry in enumerate(entries)])
+    return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
+
+
 def first(value: Any) -> Any:
     """What the first process has.
 

@@ -205,6 +205,7 @@ class Probe:
         from ssat_probe.curvature import in_float64, operators, room_for
         from ssat_probe.measures.exact import refuse
         from ssat_probe.measures.jackknife import NUM_HELD
+        from ssat_probe.measures.processes import place
         from ssat_probe.measures.selection import selected
 
         self._check()
@@ -217,6 +218,13 @@ class Probe:
         taken = (refuse(parameters, size, self._max_bytes) if is_exact else 0) + 8 * held * size
         budget: Any = {"max_bytes": self._max_bytes, "taken": taken, "num_vectors": self.num_steps and self.steps}
         space = room_for(subject, everything, self.loss, self.params, **budget)
+        if "batches" in (self.method, *self.compare) and place()[1] > 1:
+            whole = min(subject.sample.batch_size, subject.num_images)
+            if space.micro_batch < whole:
+                raise ValueError(
+                    f"The method batches must have whole batches of {whole} images for each of {place()[1]} processes, "
+                    f"got room for {space.micro_batch}. Start fewer, take a smaller --batch-size, or raise --memory."
+                )
         chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
         plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
         plain.keeps = operator.keeps = space.is_cached
@@ -251,10 +259,9 @@ class Probe:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}. Take the default.")
         if self.matrix == "gauss_newton" and self.l2:
             raise ValueError("The L2 term goes with the matrix hessian only, got 'gauss_newton'. Leave --l2 out.")
-        alone = sorted({"batches", "pyhessian"} & {self.method, *self.compare})
-        if place()[1] > 1 and alone:
+        if place()[1] > 1 and "pyhessian" in (self.method, *self.compare):
             raise ValueError(
-                f"The method {alone[0]} must run in one process, which sees every batch, got {place()[1]} processes. "
+                f"The method pyhessian must run in one process, which sees every batch, got {place()[1]} processes. "
                 "Start it without accelerate launch or torchrun."
             )
         if self.matrix == "gauss_newton" and {"pyhessian"} & {self.method, *self.compare}:
