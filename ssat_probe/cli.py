@@ -1,6 +1,7 @@
 """Command line: words in, calls out."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 Checkpoints = Annotated[list[Path], Parameter(name="--ckpt", consume_multiple=(1, None))]
 Flat = Parameter(name="*")
+
+LOST_PEER = re.compile("(closed|reset) by peer|Broken pipe|remote process exited")
+"What gloo and NCCL say in a process when another one has gone."
 
 app = App(
     name="ssat-probe",
@@ -78,18 +82,19 @@ def train(
         raise ValueError(
             f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
         )
-    resolved, budget = training.plan(recipe, data_dir, download)
-    terminal.print_budget(resolved, budget)
-    if plan:
-        return
-    with terminal.progress() as progress, terminal.warnings_said():
-        checkpoint = training.train(
-            recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
-            snapshots=snapshots, snapshot_steps=snapshot_steps, pictures_every=pictures_every,
-            gradients_every=gradients_every, execution=execution, supply=supply,
-            progress=progress,
-        )  # fmt: skip
-    terminal.say(f"Wrote {checkpoint.path}")
+    with terminal.hushed(int(os.environ.get("RANK", "0")) > 0):  # as torchrun and accelerate launch number processes
+        resolved, budget = training.plan(recipe, data_dir, download)
+        terminal.print_budget(resolved, budget)
+        if plan:
+            return
+        with terminal.progress() as progress, terminal.warnings_said():
+            checkpoint = training.train(
+                recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
+                snapshots=snapshots, snapshot_steps=snapshot_steps, pictures_every=pictures_every,
+                gradients_every=gradients_every, execution=execution, supply=supply,
+                progress=progress,
+            )  # fmt: skip
+        terminal.say(f"Wrote {checkpoint.path}")
 
 
 @app.command
@@ -322,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ModuleNotFoundError: If a module of this package is missing, which is no mistake of the user.
+        RuntimeError: If torch fails otherwise than by the end of another process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -335,6 +341,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         terminal.fail(str(error))
     except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, ChildProcessError) as error:
         terminal.fail(str(error))
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        terminal.fail(
+            "All processes must go on together, got one that has ended; what it said or what ended it is the reason. "
+            "The same command goes on from the last saved state."
+        )
     except BrokenPipeError:  # the reader, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

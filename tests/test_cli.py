@@ -404,6 +404,23 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err == "Interrupted; the same command goes on from here.\n"
 
 
+def test_a_process_whose_peer_has_gone_says_so_and_another_error_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*args: object) -> tuple[str, ...]:
+        raise RuntimeError(sentence)
+
+    monkeypatch.setattr(registry, "summary", lost)
+    sentence = "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:43605"
+    with pytest.raises(SystemExit) as caught:
+        main(["list"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("All processes must go on together, got one that has ended; what")
+    sentence = "mat1 and mat2 shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        main(["list"])
+
+
 def test_the_version_is_that_of_the_package(run: Run) -> None:
     from importlib.metadata import version
 
