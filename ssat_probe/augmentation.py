@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ssat_probe.images import Facts
 from ssat_probe.registry import known
+from ssat_probe.sharing import Share
 
 NAMES = ("none", "crop", "standard", "strong")
 
@@ -26,26 +27,6 @@ CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 
 ERASE_CHANCE, ERASE_AREA, ERASE_ASPECT = 0.25, (0.02, 1 / 3), (0.3, 1 / 0.3)
 "He et al. (2021), Table 9, and Zhong et al. (2017), Sec. 3.2, https://arxiv.org/abs/1708.04896."
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which images of a batch a process holds: image ``first`` and every ``step``-th after it, of ``total``."""
-
-    first: int
-    step: int
-    total: int
-
-    def of(self, values: Tensor) -> Tensor:
-        """This process's rows of what was drawn for the whole batch.
-
-        Args:
-            values: A row per image of the whole batch.
-
-        Returns:
-            A row per image of the share.
-        """
-        return values[self.first :: self.step]
 
 
 def augment(pixels: Pixels, name: str, facts: Facts, generator: torch.Generator, share: Share | None = None) -> Pixels:

@@ -13,7 +13,7 @@ from ssat_probe.images import Facts, Images, normalise
 from ssat_probe.loading import batches
 from ssat_probe.meter import peak_memory_bytes
 from ssat_probe.recipe import Recipe
-from ssat_probe.run import Run, State, share_statistics
+from ssat_probe.run import Run, State
 
 LOOKS = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
 "What a look at the gradients of both terms gives; the log has its mean over the steps looked at in an epoch."
@@ -44,7 +44,8 @@ def evaluate(
     correct, loss = 0, 0.0
     with torch.no_grad():
         for pixels, labels, _ in batches(images, [positions[i : i + 256] for i in range(0, len(positions), 256)]):
-            logits = encoder(normalise(pixels.to(device), facts)).float()
+            logits = encoder(normalise(pixels.to(device), facts))
+            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             labels = labels.to(device)
             correct += int((logits.argmax(dim=1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
@@ -63,7 +64,6 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
         average: Moving average of the weights, if there is one.
     """
     started = time.monotonic()
-    share_statistics(run)
     mine = np.arange(run.accelerator.process_index, len(run.val), run.accelerator.num_processes)
     name: str = run.recipe.select_on
     encoders = {name: run.encoder} | ({f"ema_{name}": average.module["encoder"]} if average is not None else {})

@@ -188,18 +188,6 @@ def keep_best(run: Run, state: State, stage: str) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def share_statistics(run: Run) -> None:
-    """Running statistics of batch norms, which each process takes of its own images: their mean over the processes.
-
-    Args:
-        run: Whose network.
-    """
-    if run.accelerator.num_processes > 1:
-        for buffer in run.network.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(run.accelerator.reduce(buffer.clone(), "mean"))
-
-
 def snapshot_epochs(num_epochs: int) -> list[int]:
     """Epochs after which a snapshot is kept: powers of √2, so that the beginning, where most happens, has most.
 

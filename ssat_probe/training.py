@@ -45,8 +45,9 @@ from ssat_probe.run import (
     write_snapshot,
 )
 from ssat_probe.schedule import classification_weight, learning_rate
+from ssat_probe.sharing import share_network
 from ssat_probe.table import write_atomically
-from ssat_probe.update import update
+from ssat_probe.update import refuse_too_small, update
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -259,6 +260,9 @@ def _start(
     run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention, meter,
               carbon)  # fmt: skip
     prepare(run.network, execution)
+    if accelerator.num_processes > 1:
+        refuse_too_small(run)
+        share_network(run.network)
     return run
 
 
@@ -268,7 +272,7 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
         warnings.filterwarnings("ignore", message=".log_with=.* was passed but no supported trackers")  # refused below
         accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-            cpu=device == "cpu",
+            cpu=device == "cpu" or not torch.accelerator.is_available(),  # else processes would not find each other
             log_with=tracker,
             project_dir=str(folder) if tracker else None,
             # The head has no gradient in pre-training, nor the decoder in fine-tuning.
@@ -335,9 +339,10 @@ def _is_finite_everywhere(run: Run, loss: float) -> bool:
 
 def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:
     ids = loaded[2].tolist()
+    found = "one in another process that is not" if np.isfinite(loss) else loss
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
     return (
-        f"The loss must be finite, got {loss} in stage {stage}, epoch {state.epoch + 1}, step {state.step + 1} "
+        f"The loss must be finite, got {found} in stage {stage}, epoch {state.epoch + 1}, step {state.step + 1} "
         f"(training images {shown}); the last saved state in {run.folder} is intact: lower base_lr, set clip_grad, "
         "or use precision fp32."
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssat_probe.augmentation import Share, augment, augment_and_keep
+from ssat_probe.augmentation import augment, augment_and_keep
 from ssat_probe.execution import recomputing, reproducible
 from ssat_probe.images import normalise
 from ssat_probe.loading import LoadedBatch
@@ -17,6 +17,7 @@ from ssat_probe.measures.agreement import gradient_agreement
 from ssat_probe.optimisation import set_rate
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import Run
+from ssat_probe.sharing import Share, shared, summed
 
 
 def update(
@@ -47,14 +48,12 @@ def update(
         the cosine between both gradients and their norms.
     """
     pixels, labels, _ = loaded
-    # Augmentation and masks are drawn for the whole batch, whichever process holds an image; what a network draws
-    # itself (drop path, mixup) it draws for the images it sees.
-    generator = torch.Generator().manual_seed(_seed_of(run.recipe, global_step, 0))
-    seed = _seed_of(run.recipe, global_step, run.accelerator.process_index)
-    total = min(run.recipe.batch_size, len(run.train))
-    share = Share(run.accelerator.process_index, run.accelerator.num_processes, total)
+    # All processes draw the same for the whole batch, and use what is of their images; so do drop paths and mixup.
+    seed = _seed_of(run.recipe, global_step)
+    generator = torch.Generator().manual_seed(seed)
+    share = _share(run)
     pixels, clean = augment_and_keep(pixels, run.recipe.augmentation, run.facts, generator, share)
-    noise = share.of(torch.rand(total, run.encoder.num_tokens, generator=generator))
+    noise = share.of(torch.rand(share.total, run.encoder.num_tokens, generator=generator))
     plain: Any = run.accelerator.unwrap_model(objective)
     others = None
     if plain.num_views == 2:  # of a task that reconstructs, the second one is its target
@@ -65,7 +64,7 @@ def update(
     if weight is not None:
         plain.weight = weight
     device = run.accelerator.device
-    parts = torch.arange(len(pixels)).chunk(run.recipe.accumulate)
+    parts = share.parts(run.recipe.accumulate)
     sums = {"images": 0.0, "loss": 0.0}
 
     def inputs(part: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
@@ -74,25 +73,28 @@ def update(
         return (images, labels[part].to(device), noise[part]), views
 
     if is_looked_at:
-        first, views = inputs(parts[0])
-        with _seeded(seed, device), run.accelerator.autocast():
-            sums |= _agreement(plain, first, views)
+        rows, part = parts[0]
+        first, views = inputs(rows)
+        with _seeded(seed, device), shared(part), run.accelerator.autocast():
+            sums |= _agreement(plain, first, views, part.weight)
     execution = run.execution
     with (
         reproducible(execution.deterministic),
         recomputing(run.network, execution.checkpointing),
         _seeded(seed, device),
     ):
-        for part in parts:
-            arguments, views = inputs(part)
-            synchronise = part is parts[-1]
-            with (
-                nullcontext() if synchronise else run.accelerator.no_sync(objective),
-                run.accelerator.autocast(),
-                run.attention.step(),
-            ):
-                losses = objective(*arguments, **views)
-            run.accelerator.backward(losses.total * (len(part) / len(pixels)))
+        for rows, part in parts:
+            arguments, views = inputs(rows)
+            is_last = rows is parts[-1][0]
+            with shared(part):
+                with (
+                    nullcontext() if is_last else run.accelerator.no_sync(objective),
+                    run.accelerator.autocast(),
+                    run.attention.step(),
+                ):
+                    losses = objective(*arguments, **views)
+                # Gradients are averaged over the processes, which may hold a different number of images.
+                run.accelerator.backward(losses.total * (len(rows) * share.step / share.total))
             for name, value in _sums(losses, arguments[1]).items():
                 sums[name] = sums.get(name, 0.0) + value
     norm = run.accelerator.clip_grad_norm_(objective.parameters(), run.recipe.clip_grad or float("inf"))
@@ -103,17 +105,43 @@ def update(
     return {**sums, "steps": 1.0, "grad_norm": float(norm)}
 
 
+def refuse_too_small(run: Run) -> None:
+    """Refuse batches of which a process would get no image.
+
+    Args:
+        run: With its processes.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    share = _share(run)
+    least = min(part.total for _, part in share.parts(run.recipe.accumulate))
+    if least < share.step:
+        raise ValueError(
+            f"batch_size must give each process an image of every part of a batch, got parts of {least} (batch_size "
+            f"{share.total}, accumulate {run.recipe.accumulate}) for {share.step} processes; use fewer processes."
+        )
+
+
+def _share(run: Run) -> Share:
+    """This process's images of every batch."""
+    total = min(run.recipe.batch_size, len(run.train))
+    return Share(run.accelerator.process_index, run.accelerator.num_processes, total)
+
+
 def _placed(pixels: Tensor, run: Run) -> Tensor:
     """Images as the network takes them, where it is."""
     images = normalise(pixels.to(run.accelerator.device), run.facts)
     return images.contiguous(memory_format=torch.channels_last) if run.execution.channels_last else images
 
 
-def _agreement(objective: Any, arguments: tuple[Tensor, ...], views: dict[str, Tensor]) -> dict[str, float]:
+def _agreement(
+    objective: Any, arguments: tuple[Tensor, ...], views: dict[str, Tensor], weight: float
+) -> dict[str, float]:
     """Cosine and norms of the gradients of both terms; the objective is left as it was."""
     buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]  # running statistics move in a forward pass
     classified, own = objective.terms(*arguments, **views)
-    found = gradient_agreement(classified.total, own.total, objective.parameters())
+    found = gradient_agreement(classified.total * weight, own.total * weight, objective.parameters(), summed)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -121,8 +149,8 @@ def _agreement(objective: Any, arguments: tuple[Tensor, ...], views: dict[str, T
     return {**dict(zip(names, found, strict=True)), "looks": 1.0}
 
 
-def _seed_of(recipe: Recipe, global_step: int, process: int) -> int:
-    return int(np.random.SeedSequence([recipe.seed, global_step, process]).generate_state(1, np.uint64)[0] >> 1)
+def _seed_of(recipe: Recipe, global_step: int) -> int:
+    return int(np.random.SeedSequence([recipe.seed, global_step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ssat_probe import augmentation
-from ssat_probe.augmentation import NAMES, Share, augment, augment_and_keep
+from ssat_probe.augmentation import NAMES, augment, augment_and_keep
 from ssat_probe.images import Facts
+from ssat_probe.sharing import Share
 
 FACTS = Facts(
     classes=("a", "b"),

@@ -484,40 +484,6 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(tmp_path
 
 # Several processes
 
-TWO = """
-import sys
-from accelerate import debug_launcher
-from ssat_probe.recipe import Recipe
-from ssat_probe.training import train
-
-def run(method, folder):
-    train(Recipe(method=method, subset=24, batch_size=8, epochs=2, augmentation="strong", base_lr=1e-2,
-                 warmup_epochs=0), folder, device="cpu", save_every_s=0)
-
-if __name__ == "__main__":
-    for method in ("scratch", "ssl_ft", "ssat"):
-        debug_launcher(run, (method, sys.argv[1]), num_processes=2)
-"""
-
-
-def test_two_processes_train_together(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO, str(tmp_path / "two")], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for method in METHODS:
-        recipe = tiny(method, subset=24, batch_size=8, augmentation="strong", warmup_epochs=0)
-        two = load_checkpoint(tmp_path / "two" / recipe.name / f"{method}.pt")
-        log, cost = log_of(two), json.loads((two.path.parent / "cost.json").read_text())
-        assert all(values["images"] == 48 for values in cost.values())
-        assert np.isfinite(log["loss"]).all()
-        # Order, augmentation and masks are those of one process, so it is the same run but for rounding.
-        one = train(recipe, tmp_path / "one", device="cpu")
-        np.testing.assert_allclose(log["loss"], log_of(one)["loss"], rtol=1e-3)
-        np.testing.assert_allclose(log["grad_norm"].iloc[0], log_of(one)["grad_norm"].iloc[0], rtol=1e-3)
-
-
 NORMED = """
 import sys
 from accelerate import debug_launcher

@@ -1,6 +1,6 @@
 """Whether two losses pull the same parameters the same way."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,13 +17,19 @@ class Agreement(NamedTuple):
     second_norm: float
 
 
-def gradient_agreement(first: Float[Tensor, ""], second: Float[Tensor, ""], parameters: Iterable[Tensor]) -> Agreement:
+def gradient_agreement(
+    first: Float[Tensor, ""],
+    second: Float[Tensor, ""],
+    parameters: Iterable[Tensor],
+    summed: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Agreement:
     """Cosine between the gradients of two losses, and their norms, over the parameters that both depend on.
 
     Args:
         first: With its graph, which is kept.
         second: With its graph, which is kept.
         parameters: Shared or not; those that one loss does not depend on, such as a head, are left out.
+        summed: Makes each gradient that of a whole, where both losses are a part's.
 
     Returns:
         Of the unweighted losses, summed in float64.
@@ -36,7 +42,7 @@ def gradient_agreement(first: Float[Tensor, ""], second: Float[Tensor, ""], para
     dot = first_square = second_square = 0.0
     for one, other in zip(*gradients, strict=True):
         if one is not None and other is not None:
-            one, other = one.double(), other.double()
+            one, other = summed(one).double(), summed(other).double()
             dot += float((one * other).sum())
             first_square += float(one.square().sum())
             second_square += float(other.square().sum())

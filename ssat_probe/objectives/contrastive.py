@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssat_probe.losses import Losses
 from ssat_probe.patches import Features
 from ssat_probe.recipe import Recipe
+from ssat_probe.sharing import share_of, whole
 
 TEMPERATURE = 0.5
 "Of the similarities: Chen et al. (2020), App. B.9, for CIFAR-10, which is trained on small batches of small images."
@@ -40,7 +41,7 @@ class Head(nn.Module):
 
 
 class Objective(nn.Module):
-    """NT-Xent of two augmented views; negatives are the other images of a process's part of the batch."""
+    """NT-Xent of two augmented views; negatives are the other images of the batch, in whichever process."""
 
     num_views = 2
     masks = False
@@ -98,7 +99,8 @@ def nt_xent(
         temperature: Divides the cosine similarities.
 
     Returns:
-        Mean over both views in nats, at least in float32; log(2·batch - 1) where all views are alike.
+        Mean over both views in nats, at least in float32; log(2·batch - 1) where all views are alike. Where processes
+        share a batch, that of a process's images among those of all.
 
     References:
         Chen et al. (2020), Eq. 1, https://arxiv.org/abs/2002.05709.
@@ -106,6 +108,9 @@ def nt_xent(
     views = torch.cat([first, second])
     views = F.normalize(views.float() if views.dtype in (torch.float16, torch.bfloat16) else views, dim=1)
     with torch.autocast("cpu" if views.is_meta else views.device.type, enabled=False):
-        scores = views @ views.T / temperature
-    scores = scores.masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), float("-inf"))
-    return F.cross_entropy(scores, torch.arange(len(views), device=views.device).roll(len(first)))
+        everyone = torch.cat([whole(view) for view in views.chunk(2)])
+        scores = views @ everyone.T / temperature
+    share = share_of(len(first))
+    places = torch.arange(len(everyone), device=views.device)
+    own, partners = (share.of(one.view(2, -1).T).T.flatten() for one in (places, places.roll(share.total)))
+    return F.cross_entropy(scores.masked_fill(places == own[:, None], float("-inf")), partners)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssat_probe.losses import Losses
 from ssat_probe.patches import Features
 from ssat_probe.recipe import Recipe
+from ssat_probe.sharing import mean
 
 STUDENT_TEMPERATURE = 0.1
 "Caron et al. (2021), Sec. 3.1."
@@ -140,8 +141,8 @@ class Objective(nn.Module):
         centre = head.centre.clone()
         loss = (distillation(student[0], teacher[1], centre) + distillation(student[1], teacher[0], centre)) / 2
         if self.training:
-            mean = _mean_over_processes(torch.cat(teacher).mean(dim=0).to(centre.dtype))
-            head.centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
+            average = mean(torch.cat(teacher).mean(dim=0).to(centre.dtype))
+            head.centre.lerp_(average, 1 - CENTRE_MOMENTUM)
         return Losses(loss, auxiliary=loss.detach())
 
     def after_step(self) -> None:
@@ -172,11 +173,3 @@ def distillation(
     )
     probabilities = ((teacher - centre) / TEACHER_TEMPERATURE).softmax(dim=1)
     return -(probabilities * (student / STUDENT_TEMPERATURE).log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def _mean_over_processes(values: Tensor) -> Tensor:
-    """The same in every process."""
-    if not torch.distributed.is_initialized():
-        return values
-    torch.distributed.all_reduce(values)
-    return values / torch.distributed.get_world_size()

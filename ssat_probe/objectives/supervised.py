@@ -48,9 +48,9 @@ class Objective(nn.Module):
             The mean cross-entropy, and the logits unless the images were mixed and have no class of their own.
         """
         if features is None and self.training and (self.mixup or self.cutmix):
-            mixed, partners, share = mix(images, mixup=self.mixup, cutmix=self.cutmix)
+            mixed, others, share = mix(images, labels, mixup=self.mixup, cutmix=self.cutmix)
             logits = self.encoder(mixed)
-            loss = share * self._loss(logits, labels) + (1 - share) * self._loss(logits, labels[partners])
+            loss = share * self._loss(logits, labels) + (1 - share) * self._loss(logits, others)
             return Losses(loss, cross_entropy=loss.detach())
         logits = self.encoder(images) if features is None else self.encoder.logits_of(features)
         loss = self._loss(logits, labels)

@@ -54,9 +54,9 @@ def test_a_mixed_batch_is_judged_by_both_classes(
         losses = objective(images, labels, torch.rand(BATCH, 16))
         torch.manual_seed(5)
         torch.rand(BATCH, 16)
-        mixed, partners, share = mix(images, mixup=0.8, cutmix=0.0)
+        mixed, others, share = mix(images, labels, mixup=0.8, cutmix=0.0)
     one_hot = torch.eye(CLASSES, dtype=torch.float64)
-    weights = 0.9 * (share * one_hot[labels] + (1 - share) * one_hot[labels[partners]]) + 0.1 / CLASSES
+    weights = 0.9 * (share * one_hot[labels] + (1 - share) * one_hot[others]) + 0.1 / CLASSES
     expected = -(weights * encoder(mixed).log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(losses.total, expected)
     assert losses.logits is None
