@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -16,9 +16,6 @@ from ssat_probe.execution import Execution
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
-
-if TYPE_CHECKING:
-    pass
 
 Checkpoints = Annotated[list[Path], Parameter(name="--ckpt", consume_multiple=(1, None))]
 Flat = Parameter(name="*")
