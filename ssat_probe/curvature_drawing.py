@@ -20,6 +20,7 @@ _LOOKS: dict[str, dict[str, Any]] = {  # colours of Okabe & Ito (2008); the refe
 _LABELS = {"exact": "exact", "lanczos": "Lanczos", "lissa": "LiSSA", "pyhessian": "PyHessian"}
 _NUM_COLUMNS = 3
 _LEAST = 0.1  # eigenvalues per bin at the foot of the spectra
+_NOTHING = 1e-12  # of the largest eigenvalue: an end of a convex part is zero but for rounding
 
 
 def draw(table: DataFrame) -> Figure:
@@ -67,6 +68,7 @@ def _spectra(whole: Axes, negative: Axes, table: DataFrame, label: str) -> None:
     ends = [float(entry_of(table, f"{m}:lambda_max")["value"]) for m in methods_in(table) if _has(table, m)]
     bottoms = table.loc[table["quantity"].str.endswith(":lambda_min"), "value"]
     high, low = max([*ends, 0.0]), min([*bottoms, 0.0])
+    low = low if low < -_NOTHING * high else 0.0
     bulk = 1e-3 * max(high, -low) or 1.0
     _spectrum(whole, table, 1.5 * low, 1.5 * high or bulk, bulk)
     _spectrum(negative, table, 1.2 * low or -bulk, 0.0, -1e-3 * low or bulk)
@@ -124,11 +126,13 @@ def _pairs(table: DataFrame, method: str, quantity: str) -> tuple[np.ndarray, np
 
 
 def _errors(ax: Axes, table: DataFrame, methods: list[str]) -> None:
-    """Relative error of both ends, a dot per checkpoint."""
+    """Relative error of both ends, a dot per checkpoint; of an end at zero relative to the other end."""
+    scales = [np.abs(_pairs(table, "exact", quantity)[1]) for quantity in ("lambda_max", "lambda_min")]
     for place, quantity in enumerate(("lambda_max", "lambda_min")):
         for offset, method in enumerate(method for method in methods if method != "exact"):
             found, exact = _pairs(table, method, quantity)
-            errors = np.maximum(np.abs(found - exact) / np.maximum(np.abs(exact), 1e-300), 1e-16)
+            least = _NOTHING * np.max([np.abs(exact), *(one for one in scales if len(one) == len(exact))], axis=0)
+            errors = np.maximum(np.abs(found - exact) / np.maximum(np.abs(exact), np.maximum(least, 1e-300)), 1e-16)
             x = place + 0.22 * (offset - 1) + np.linspace(-0.06, 0.06, len(errors))
             ax.plot(x, errors, **{**_LOOKS[method], "linestyle": ""}, alpha=0.7)
         ax.axvline(place + 0.5, color="white")

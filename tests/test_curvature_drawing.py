@@ -45,6 +45,18 @@ def test_comparison_shows_each_training_method_and_each_curvature_method(compare
     assert len(curvature_drawing.draw(one).axes) == 5
 
 
+def test_an_end_at_zero_of_a_convex_part_is_drawn(compared):
+    found = compared[compared["method"] == "ssat"].copy()
+    for method, value in (("exact", 0.0), ("lanczos", -4.7e-19), ("lissa", 1e-18)):
+        found.loc[found["quantity"] == f"{method}:lambda_min", "value"] = value
+    figure = curvature_drawing.draw(found)
+    figure.canvas.draw()
+    (errors,) = (ax for ax in figure.axes if ax.get_title(loc="left") == "Ends against exact")
+    dots = [float(y) for line in errors.lines if line.get_marker() in ("o", "^", "D") for y in line.get_ydata()]
+    assert len(dots) == 5  # PyHessian has no λmin
+    assert max(dots) < 1
+
+
 def test_summary_has_a_row_per_checkpoint_and_method(compared):
     shown = hessian.Probe().summary(compared)
     assert shown["by"].tolist() == 3 * ["lanczos", "lissa", "exact", "pyhessian"]

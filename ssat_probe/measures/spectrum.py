@@ -143,7 +143,7 @@ def exact_rows(eigenvalues: Float64[np.ndarray, " eigenvalue"], taus: Sequence[f
     bottom, top = float(eigenvalues[0]), float(eigenvalues[-1])
     scale = top if top > 0 else float(np.abs(eigenvalues).max())
     absolute = float(np.abs(eigenvalues).sum())
-    energy = -float(eigenvalues[eigenvalues < 0].sum()) / absolute if absolute > 0 else float("nan")
+    energy = float(np.abs(eigenvalues[eigenvalues < 0]).sum()) / absolute if absolute > 0 else float("nan")
     rounding = len(eigenvalues) * 2.0**-52 * float(np.abs(eigenvalues).max())
     num = min(NUM_ENDS, (len(eigenvalues) + 1) // 2)
 

@@ -256,6 +256,36 @@ class WrongBackward(torch.autograd.Function):
         return gradient * (2 * x + 0.01 * (x.roll(1) - x.roll(1).detach()))
 
 
+class TestKinks:
+    """Of ReLU: the Hessian is that between them; a step that crosses one says nothing about it."""
+
+    def operator(self, dtype: torch.dtype) -> HessianOperator:
+        torch.manual_seed(1)
+        layers = nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 3)
+        model = nn.Sequential(*layers).double()
+        images, labels = torch.randn(300, 1, 8, 8).double(), torch.randint(3, (300,))
+        return operator_of(model.to(dtype), [((images.to(dtype), labels), 300)])
+
+    def test_float64_steps_between_them(self):
+        assert certify(self.operator(torch.float64)).checks[-1].measured < 1e-8
+
+    def test_float32_cannot_and_says_what_can(self):
+        with pytest.raises(ValueError, match=r"check of finite difference, .*kinks of ReLU, take --dtype float64"):
+            certify(self.operator(torch.float32))
+
+    def test_the_nearest_may_be_some_1e_7_away_and_a_kink_itself_is_refused(self):
+        weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        for distance, is_fine in ((2e-7, True), (0.0, False)):
+            operator = HessianOperator(
+                {"weight": weight}, lambda at: weight.square().sum() + F.relu(weight - at).sum(), [(distance, 1)]
+            )
+            if is_fine:
+                assert certify(operator).checks[-1].measured < 1e-8
+            else:
+                with pytest.raises(ValueError, match=r"loss that is not smooth \(weights on a kink of ReLU\)"):
+                    certify(operator)
+
+
 class TestWrongProducts:
     @pytest.mark.xfail(not torch.__version__.startswith("2.14."), reason="torch may be right by now", strict=False)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
