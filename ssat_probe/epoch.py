@@ -90,7 +90,8 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
         "reconstruction": sums.get("reconstruction", nan) / num,
         **({"auxiliary": sums["auxiliary"] / num} if "auxiliary" in sums else {}),
         **last,
-        "grad_norm": sums["grad_norm"] / sums["steps"],
+        "grad_norm": sums["grad_norm"] / sums["steps"] if sums["steps"] else nan,
+        **({"skipped_steps": sums["skipped_steps"] / processes} if "skipped_steps" in sums else {}),
         **{name: sums[name] / sums["looks"] for name in LOOKS if "looks" in sums},
         "train_accuracy": sums.get("correct", nan) / num,
         **{

@@ -278,6 +278,9 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
             # The head has no gradient in pre-training, nor the decoder in fine-tuning.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+    if recipe.precision == "fp16" and accelerator.scaler is None:
+        # Accelerate leaves fp16 on a CPU at fp32 without a word, where torch has all that it needs.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler(accelerator.device.type)
     if device and not str(accelerator.device).startswith(device):
         raise ValueError(f"device must be one that is here, got {device!r}; use cpu, or leave it out.")
     if tracker and not accelerator.log_with:

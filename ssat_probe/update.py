@@ -1,5 +1,6 @@
 """One step of the optimiser: augment, mask, backward, step."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -102,7 +103,12 @@ def update(
     optimiser.zero_grad()
     if hasattr(plain, "after_step"):
         plain.after_step()
-    return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+    if run.accelerator.scaler is None:
+        return {**sums, "steps": 1.0, "grad_norm": float(norm)}
+    # A gradient that overflowed, the scale being too large. A fused optimiser skips it itself, unseen by the engine.
+    was_skipped = not math.isfinite(float(norm))
+    made = {"steps": 0.0, "grad_norm": 0.0} if was_skipped else {"steps": 1.0, "grad_norm": float(norm)}
+    return {**sums, **made, "skipped_steps": float(was_skipped)}
 
 
 def refuse_too_small(run: Run) -> None:

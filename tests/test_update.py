@@ -1,13 +1,16 @@
 """One step: what it draws depends on seed and step alone."""
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from ssat_probe import losses, training, update
+from ssat_probe.checkpoint import load_checkpoint, load_tensors
 from ssat_probe.images import normalise
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import train
@@ -83,3 +86,50 @@ def test_a_repeated_image_is_changed_anew_each_time(tmp_path: Path, monkeypatch:
           device="cpu")  # fmt: skip
     assert [len(one.unique()) for one in ids] == [2, 2, 2]
     assert [len(one.flatten(1).unique(dim=0)) for one in changed] == [8, 8, 8]
+
+
+def test_fp16_scales_its_loss_skips_steps_that_overflow_and_resumes_bit_by_bit(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"subset": 24, "batch_size": 8, "epochs": 4, "warmup_epochs": 0, "base_lr": 1e-2}
+    recipe = Recipe(precision="fp16", **fields)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    log = pd.read_csv(whole.path.parent / "log.csv")
+    assert log["skipped_steps"].sum() < 4 * 3
+    assert {value.dtype for value in whole.state.values()} == {torch.float32}
+    full = train(Recipe(**fields), tmp_path / "full", device="cpu")
+    assert whole.hash != full.hash
+    exact = pd.read_csv(full.path.parent / "log.csv")
+    assert "skipped_steps" not in exact
+    assert log["loss"][0] == pytest.approx(exact["loss"][0], rel=0.02)
+    scales = []
+    for _ in range(12):
+        with suppress(KeyboardInterrupt):
+            died = train(recipe, tmp_path / "dying", device="cpu", save_every_s=-1, progress=_stop_after_one())
+            break
+        state = load_tensors(tmp_path / "dying" / recipe.name / "training_state.pt", "a state")
+        scales.append(state["scaler"]["scale"])
+    assert died.hash == whole.hash
+    assert len(scales) == 11
+    assert scales == sorted(scales, reverse=True)  # it falls with each step that is skipped
+
+
+def test_a_step_whose_gradient_overflows_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**40, backoff_factor=0.5))
+    recipe = Recipe(precision="fp16", subset=24, batch_size=8, epochs=1, warmup_epochs=0, base_lr=1e-2)
+    run = train(recipe, tmp_path, device="cpu", snapshots=True)
+    log = pd.read_csv(run.path.parent / "log.csv")
+    assert log["skipped_steps"].tolist() == [3]
+    assert log["grad_norm"].isna().all()
+    begun = load_checkpoint(run.path.parent / "snapshots" / "train-00000.pt")
+    assert all(torch.equal(value, begun.state[name]) for name, value in run.state.items())
+
+
+def _stop_after_one() -> Any:
+    seen: list[int] = []
+
+    def progress(done: int, total: int, text: str) -> None:
+        seen.append(done)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    return progress
