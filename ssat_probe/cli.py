@@ -73,12 +73,14 @@ def train(
         ValueError: If an option was given that has no effect.
     """
     from ssat_probe import training
+    from ssat_probe.data import refuse_idle_options
     from ssat_probe.effect import without_effect
 
     for option, why in without_effect(recipe).items():
         raise ValueError(
             f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
         )
+    refuse_idle_options(recipe.data, data_dir, download)
     with terminal.hushed(int(os.environ.get("RANK", "0")) > 0):  # as torchrun and accelerate launch number processes
         resolved, budget = training.plan(recipe, data_dir, download)
         terminal.print_budget(resolved, budget)

@@ -135,7 +135,8 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
             names = module.state_dict().keys()
             module.load_state_dict({name: content["model"][prefix + name] for name in names})
     state = State(**content["state"])
-    run.attention.chosen.update(state.attention)
+    if run.attention.asked == "auto":
+        run.attention.chosen.update(state.attention)
     return state, {name: content.get(name) for name in ("optimiser", "scaler", "average")}
 
 

@@ -61,6 +61,12 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 # Mistakes: checkpoints
 
 
+@pytest.mark.parametrize("option", [("--data-dir", "there"), ("--download",)])
+def test_an_embedded_set_takes_no_folder(refused: Run, option: tuple[str, ...]) -> None:
+    said = refused("train", *SMALL, *option)
+    assert said == f"{option[0]} must have an effect, got one that has none: data digits is embedded; leave it out."
+
+
 def test_a_warning_is_one_sentence_on_stderr(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,22 @@ def open_dataset(
     return registry.load("data", name).Dataset(**options)
 
 
+def refuse_idle_options(name: str, root: Path | None, download: bool) -> None:
+    """Refuse options of the command line that have no effect on an embedded data set.
+
+    Args:
+        name: Of the data set.
+        root: What was given for ``--data-dir``.
+        download: Whether ``--download`` was given.
+
+    Raises:
+        ValueError: If one was given for a data set that needs nothing on disk.
+    """
+    option = "--data-dir" if root is not None else "--download"
+    if (root is not None or download) and not open_dataset(name).source.tree:
+        raise ValueError(f"{option} must have an effect, got one that has none: data {name} is embedded; leave it out.")
+
+
 def description(name: str, root: Path | None = None) -> Iterator[str]:
     """What a data set is, how it must lie on disk, how to get it; then a check of what is there.
 
