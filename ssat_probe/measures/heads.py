@@ -160,7 +160,7 @@ def floored(weights: Float[Tensor, "batch head query key"]) -> Float[Tensor, "ba
     """Rows with 1e-8 added to every weight, renormalised: what the code of Park et al. takes its NMI of.
 
     Args:
-        weights: Attention over the patches, renormalised.
+        weights: Attention over the patches, not renormalised.
 
     Returns:
         Rows that sum to 1, without zeros.

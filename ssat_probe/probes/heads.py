@@ -172,7 +172,9 @@ def _rows(seen: "Attention") -> "dict[str, Tensor | Sum]":
     is_valid = ~log_all.isneginf()
     num_keys = is_valid[..., prefix:].sum(-1).double()
     bound = num_keys.clamp(max=divergence.shape[1]).log()
-    floored = measures.floored(weights) * (1 if patches.num_windows == 1 else torch.nan)  # their code has no windows
+    # As their code: what is renormalised is cut from weights over all keys. It has no windows.
+    cut = measures.floored(weights * (1 - parts["mass"])[..., None])
+    floored = cut * (1 if patches.num_windows == 1 else torch.nan)
     counts = patches.regions.bincount(minlength=patches.num_regions)
     sums = {"": (weights, entropy), "_floored": (floored, torch.special.entr(floored).sum(-1))}
     return {

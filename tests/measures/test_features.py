@@ -78,6 +78,14 @@ def test_variance_of_park_and_kim_is_over_height_and_width():
     torch.testing.assert_close(features.park_kim_variance(tokens), features.feature_map_variance(tokens))
 
 
+def test_parity_with_park_and_kim_is_the_number_of_their_code():
+    # xxxnell/how-do-vits-work at 9571ff1, featuremap_variance.ipynb, cell 13 ("aggregate feature map variances").
+    tokens = torch.randn(3, 49, 5, generator=torch.Generator().manual_seed(41), dtype=torch.float64)
+    tokens = tokens + torch.linspace(0, 2, 5, dtype=torch.float64)
+    for measure in (features.park_kim_variance, features.feature_map_variance):
+        assert measure(tokens).mean().item() == pytest.approx(0.9825073384487369, rel=1e-12)
+
+
 def test_gain_counts_doublings():
     assert features.gain(torch.tensor([1.0, 4.0, 3.0]), torch.tensor([8.0, 1.0, 3.0])).tolist() == [3, -2, 0]
 

@@ -74,6 +74,15 @@ def test_parity_with_the_half_diagonal_of_the_shifted_spectrum(generator, rows: 
     assert fourier.park_kim(maps).mean().item() == pytest.approx(half[-1] - half[0])
 
 
+@pytest.mark.parametrize(
+    ("rows", "theirs"), [(7, -2.4389229413186824), (8, -2.622131127843547), (14, -2.8746897534511184)]
+)
+def test_parity_with_park_and_kim_is_the_number_of_their_code(rows: int, theirs: float):
+    # xxxnell/how-do-vits-work at 9571ff1, fourier_analysis.ipynb, cell 10: last entry of ``fourier_latents``.
+    tokens = torch.randn(3, rows**2, 5, generator=torch.Generator().manual_seed(42), dtype=torch.float64) + 1
+    assert fourier.park_kim(tokens.unflatten(1, (rows, rows))).mean().item() == pytest.approx(theirs, rel=1e-12)
+
+
 def test_parity_says_the_true_frequency():
     found = [fourier.park_kim_frequency(rows) for rows in (14, 7, 56, 8)]
     assert found == pytest.approx([6 / 7, 6 / 7, 27 / 28, 3 / 4])

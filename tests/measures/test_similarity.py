@@ -83,6 +83,21 @@ def test_shuffled_pairs_are_as_if_the_images_were_unrelated(generator):
     torch.testing.assert_close(measures.shuffled(layer), grams(x.roll(32, 0)))
 
 
+def test_cka_is_the_number_of_two_public_codes():
+    def draw(seed: int, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    x, mix = draw(44, 2, 11, 3, 5), draw(45, 5, 7)
+    y = torch.stack([x[0] @ mix + draw(46, 11, 3, 7), draw(47, 11, 3, 7)])
+    found = measures.cka(*(grams(*layers.flatten(2)) for layers in (x, y)))
+    # wangsr126/mae-lite at f3090d4, projects/eval_tools/visualize/rep_cmp_analyzer.py, RepCmpAnalyzer, one batch.
+    theirs = [[0.7139124386836811, -0.10167251482547439], [0.14517999881056654, 0.004210011925183962]]
+    np.testing.assert_allclose(found, theirs, rtol=1e-11)
+    # AntixK/PyTorch-Model-Compare at 869d3ec, torch_cka/cka.py, CKA._HSIC of the first layers: (x, y), (x, x), (y, y).
+    cross, own, other = 104.88382595216248, 17.18798703447485, 1255.7469361662677
+    assert found[0, 0].item() == pytest.approx(cross / (own * other) ** 0.5, rel=1e-12)
+
+
 def test_a_centred_gram_has_rows_that_sum_to_0(generator):
     gram = measures.centred_gram(random(generator, "x"))
     assert gram.sum(1).abs().max() < 1e-15

@@ -7,9 +7,12 @@ import pytest
 import torch
 from scipy.stats import entropy
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ssat_probe import probe
-from ssat_probe.probes.heads import Probe
+from ssat_probe.capture import Attention
+from ssat_probe.placement import Place
+from ssat_probe.probes.heads import Probe, _finished, _rows
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 
@@ -52,6 +55,38 @@ def test_every_number_is_what_the_weights_say(checkpoints: Paths) -> None:
     parts = table["entropy_groups"] + table["entropy_prefix"] + table["entropy_patch"]
     np.testing.assert_allclose(parts, table["entropy_all"])
     assert table["nmi"].between(table["nmi_low"], table["nmi_high"]).all()
+
+
+def test_parities_are_the_numbers_of_the_codes_they_are_named_after() -> None:
+    """A class token and 4 x 4 patches of 16 px: two images, three heads, of random scores."""
+    generator = torch.Generator().manual_seed(43)
+    scores = 2 * torch.randn(2, 3, 17, 17, generator=generator, dtype=torch.float64)
+    place = Place("blocks.0", nn.Identity(), None, batch=2, grid=(4, 4), stride=(16, 16), num_prefix=1)
+    theirs = {
+        # naver-ai/cl-vs-mim at eafe516, self_attention_analysis.ipynb, cells 10 and 12: calculate_mean_attention_dist
+        # and calculate_nmi, of weights that their loops cut, floored and renormalised.
+        "distance": [
+            [29.198729173659423, 32.88461513723341, 32.16247740916865],
+            [31.26388756664158, 32.75279934692137, 32.745328792301365],
+        ],
+        "nmi_cl_vs_mim": [
+            [0.35150448496142156, 0.3681309559479969, 0.31309247512397026],
+            [0.3888993038821416, 0.3257356551679711, 0.33475129749154786],
+        ],
+        # sayakpaul/probing-vits at b1b08d3, notebooks/mean-attention-distance-1k.ipynb, cell 14:
+        # compute_mean_attention_dist with one class token.
+        "distance_probing_vits": [
+            [27.65433381012985, 29.116254751611905, 29.526778095274395],
+            [28.674802517304343, 30.295828826992818, 31.085646004668618],
+        ],
+    }
+    # wangsr126/mae-lite at f3090d4, projects/eval_tools/visualize/attn_analyzer.py, _Analyzer: mean over the images.
+    of_mae_lite = [26.452394823881686, 28.71636883681772, 28.397165213143133]
+    seen = Attention(0, "blocks.0.attn", scores, True, None, 0, 17, place)
+    values, _ = _finished({name: getattr(one, "value", one) for name, one in _rows(seen).items()})
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(values[name], expected, rtol=1e-10, err_msg=name)
+    np.testing.assert_allclose(values["distance_mae_lite"].mean(0), of_mae_lite, rtol=1e-10)
 
 
 def test_differences_are_of_blocks_because_heads_have_no_common_order(checkpoints: Paths) -> None:
