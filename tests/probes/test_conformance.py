@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ssat_probe import registry
 from ssat_probe.probe import IDENTITY, Probe
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Batch, Subject
-from ssat_probe.table import Column
+from ssat_probe.table import KEYS, Column
 
 Paths = dict[str, Path]
 PROBES = registry.names("probes")
@@ -113,6 +114,28 @@ def test_every_column_says_what_it_holds(name: str) -> None:
     names = [column.name for column in columns]
     assert len(set(names)) == len(names)
     assert not set(names) & {column.name for column in IDENTITY}
+
+
+def test_every_definition_has_an_entry_in_the_docs(name: str) -> None:
+    columns = registry.load("probes", name).Probe.columns
+    measures = [column.of for column in columns if column.name == f"{column.of}_sd"]
+    pages = (registry.PACKAGE.parent / "docs" / "measures.md").read_text(encoding="utf-8").split("\n## ")
+    page = next((page for page in pages if page.startswith(name)), "")
+    entries = {word for line in page.splitlines() if line.startswith("| ") for word in re.split("[ ,|]+", line)}
+    assert [one for one in measures if one not in entries] == []
+
+
+def test_no_measure_of_images_stands_without_its_spread(name: str) -> None:
+    """But what is no measure: what names the row, how many there were, what uniform attention or noise would give."""
+    columns = registry.load("probes", name).Probe.columns
+    if not any(column.of for column in columns):
+        return
+    spread = {column.of for column in columns}
+    whole = {"undefined", "num_keys", "num_tokens", "num_images", "self_check", "grid", "is_coarse", "stage", "density"}
+    whole |= {"keys", "queries", "mode", "group", "other_setting", "ceiling", "image_ceiling"}
+    references = {"energy_share_noise", "park_kim_frequency", "mass_uniform", "keys_uniform", "distance_uniform"}
+    bare = {column.name for column in columns if not column.of} - spread
+    assert bare - set(KEYS) - whole - references == set()
 
 
 def test_the_module_imports_nothing_heavy(name: str) -> None:
