@@ -41,6 +41,8 @@ class Observation:
     "Rows and columns of patches by site."
     errors: dict[int, float] = field(default_factory=dict)
     "Self-check of the capture by block, from the first batch."
+    besides: dict[Any, Any] = field(default_factory=dict)
+    "What is no mean over images, by place."
 
     def comparable(self, first: "Observation | None") -> "Observation | None":
         """The first checkpoint, if differences to it are paired; None for itself, and for what is not comparable.
@@ -157,7 +159,7 @@ def of_features(
     is_wanted: Callable[[capture.Site], bool] = lambda site: True,
     *,
     as_maps: bool = False,
-    also: Callable[[capture.Site, Tensor], None] = lambda site, tokens: None,
+    also: Callable[[capture.Site, Tensor, Tensor], None] = lambda site, tokens, ids: None,
 ) -> Observation:
     """Measure the patch tokens of the residual stream at every site.
 
@@ -166,7 +168,7 @@ def of_features(
         measure: Value per image and name, from the patch tokens of a batch.
         is_wanted: Which sites to look at.
         as_maps: Give ``measure`` maps (image, row, column, dim) instead of tokens.
-        also: Gets the tokens of a batch for what is no mean over images.
+        also: Gets the tokens of a batch and the numbers of its images, for what is no mean over images.
 
     Returns:
         By site.
@@ -184,7 +186,7 @@ def of_features(
                         "not. Set 'grid' on it."
                     )
                 seen.statistics[site].add(ids, measure(tokens.unflatten(1, seen.grids[site]) if as_maps else tokens))
-                also(site, tokens)
+                also(site, tokens, ids)
 
         with torch.no_grad(), capture.features(subject.model, reduce) as seen.grids:
             subject.model(batch.images)

@@ -37,18 +37,19 @@ class Column:
 
 SPREAD = {
     "sd": "standard deviation of {} over images",
-    "low": "lower end of the 95 % bootstrap interval over images of {}; undefined below two images",
-    "high": "upper end of the 95 % bootstrap interval over images of {}; undefined below two images",
+    "low": "lower end of the 95 % {how} interval over images of {}; undefined below two images",
+    "high": "upper end of the 95 % {how} interval over images of {}; undefined below two images",
     "undefined": "fraction of the values that were left out of {}, because they do not exist",
 }
 "What stands beside every mean over images."
 
 
-def with_spread(column: Column) -> tuple[Column, ...]:
+def with_spread(column: Column, how: str = "bootstrap") -> tuple[Column, ...]:
     """A column with its spread over images.
 
     Args:
-        column: A mean over images.
+        column: A mean over images, or another number that a set of images has.
+        how: Its interval comes about.
 
     Returns:
         The column, then ``_sd``, ``_low``, ``_high`` and ``_undefined``.
@@ -59,7 +60,7 @@ def with_spread(column: Column) -> tuple[Column, ...]:
     return (
         column,
         *(
-            Column(f"{name}_{end}", units.get(end, column.unit), meaning.format(name) + note, of=name)
+            Column(f"{name}_{end}", units.get(end, column.unit), meaning.format(name, how=how) + note, of=name)
             for end, meaning in SPREAD.items()
         ),
     )

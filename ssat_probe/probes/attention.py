@@ -1,9 +1,10 @@
 """Entropy and kurtosis of the attention weights, per block and head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ssat_probe.paired import Paired
 from ssat_probe.registry import known
 from ssat_probe.table import Column, with_difference, with_spread
 
@@ -41,7 +42,7 @@ _MOST_LINES_WITH_DOTS = 4
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """Entropy and kurtosis of the attention weights, per block and head."""
 
     queries: Literal["patch", "cls", "all"] = "patch"
@@ -72,30 +73,8 @@ class Probe:
         """Of what the measures are taken."""
         return f"queries {self.queries}, keys {self.keys}"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per block and head.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import capture, geometry, observation
 
         known(self.queries, ("patch", "cls", "all"), "queries")
@@ -107,7 +86,8 @@ class Probe:
 
         return observation.of_attention(subject, rows, _finished, blocks)
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per block and head."""
         from pandas import DataFrame
 
         shared = {"keys": self.keys, "queries": self.queries, "num_images": seen.num_images}

@@ -1,9 +1,9 @@
 """High spatial frequencies of the feature maps over the depth of the network."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssat_probe.paired import Paired
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _PARK_KIM = Column(
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """High spatial frequencies of the feature maps over the depth of the network."""
 
     untrained_twin: bool = True
@@ -48,36 +48,14 @@ class Probe:
     )
     policy: ClassVar[str] = "tokens patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per site.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``; a grid below 7 x 7 is a
-                ValueError.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import observation
 
         return observation.of_features(subject, _measured, as_maps=True)
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per site; a grid below 7 x 7 is a ValueError."""
         from pandas import DataFrame
 
         rows = []

@@ -1,9 +1,9 @@
 """Where attention heads look: class-token sink, distance, collapse, diversity."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssat_probe.paired import Paired
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _PAIRED = ("mass_to_prefix", "effective_keys", "distance", "nmi", "divergence")
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """Where attention heads look: class-token sink, distance, collapse, diversity."""
 
     untrained_twin: bool = True
@@ -59,35 +59,14 @@ class Probe:
     )
     policy: ClassVar[str] = "queries patch, keys patch (mass and entropy_all: keys all)"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per block and head; queries are patch tokens.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks``, ``num_prefix_tokens`` and a grid.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import capture, observation
 
         return observation.of_attention(subject, _rows, _finished, capture.blocks_with(subject.model, "patch"))
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per block and head; queries are patch tokens."""
         from pandas import DataFrame
 
         rows: list[dict[str, Any]] = []

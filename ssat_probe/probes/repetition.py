@@ -1,9 +1,10 @@
 """How much blocks repeat each other: similarity of the attention maps of every two of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssat_probe.paired import Paired
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _MOST_MATRICES = 3
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """How much blocks repeat each other: similarity of the attention maps of every two of them."""
 
     untrained_twin: bool = True
@@ -48,35 +49,14 @@ class Probe:
     )
     policy: ClassVar[str] = "queries patch, keys patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per pair of blocks that compare.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import observation
 
         return observation.of_maps(subject, _pairs)
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per pair of blocks that compare."""
         from pandas import DataFrame
 
         rows = []

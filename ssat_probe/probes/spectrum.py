@@ -1,9 +1,9 @@
 """Spectrum of the features: singular values of the patch tokens of an image, per block."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssat_probe.paired import Paired
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _MOST_PANELS = 3
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """Spectrum of the features: singular values of the patch tokens of an image, per block."""
 
     standardize: bool = False
@@ -51,37 +51,16 @@ class Probe:
         """Of what the measures are taken."""
         return "tokens patch, standardised" if self.standardize else "tokens patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per block and singular value.
-
-        Args:
-            subject: Its model is in eval mode.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import observation
 
         return observation.of_features(
             subject, lambda tokens: _measured(tokens, self.standardize), lambda site: site.name in ("embed", "mlp")
         )
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per block and singular value."""
         from pandas import DataFrame
 
         rows: list[dict[str, Any]] = []

@@ -1,10 +1,10 @@
 """How alike tokens, and images, become over the depth: cosine similarity and ranks."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssat_probe.paired import Paired
 from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ssat_probe.capture import Site
-    from ssat_probe.measures.scatter import StreamingSingularValues
+    from ssat_probe.measures.scatter import JackknifedSingularValues
     from ssat_probe.observation import Observation
     from ssat_probe.subject import Subject
 
@@ -35,13 +35,12 @@ _OF_IMAGES = (
     ),
     Column("image_energy_rank", "", f"their energy rank; {_ALIKE}"),
     Column("image_stable_rank", "", f"their stable rank; {_ALIKE}"),
-    Column("image_ceiling", "", "largest possible rank of the images: min(images - 1, channels)"),
 )
 _PAIRED = ("cosine", "effective_rank", "residual")
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """How alike tokens, and images, become over the depth: cosine similarity and ranks."""
 
     standardize: bool = False
@@ -56,7 +55,8 @@ class Probe:
         *(column for one in _MEASURES for column in with_spread(one)),
         *(column for one in _MEASURES if one.name in _PAIRED for column in with_difference(one)),
         Column("ceiling", "", "largest possible rank: min(patch tokens - 1, channels)"),
-        *_OF_IMAGES,
+        *(column for one in _OF_IMAGES for column in with_spread(one, "jackknife")),
+        Column("image_ceiling", "", "largest possible rank of the images: min(images - 1, channels)"),
         Column("undefined", "", "fraction of images without ranks, because their tokens are equal up to rounding"),
         Column("num_tokens", "", "number of patch tokens"),
         Column("num_images", "", "number of images"),
@@ -67,45 +67,23 @@ class Probe:
         """Of what the measures are taken."""
         return "tokens patch, standardised" if self.standardize else "tokens patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per block, and one before the first.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(*self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, images, one.comparable(seen[0][0])) for one, images in seen]
-
-    def _seen(self, subject: "Subject") -> "tuple[Observation, dict[Site, StreamingSingularValues]]":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images, and besides, by site, what makes the ranks of the images."""
         from ssat_probe import observation
-        from ssat_probe.measures.scatter import StreamingSingularValues
+        from ssat_probe.measures.scatter import JackknifedSingularValues
 
-        images: dict[Site, StreamingSingularValues] = defaultdict(StreamingSingularValues)
+        images: dict[Site, JackknifedSingularValues] = defaultdict(JackknifedSingularValues)
         seen = observation.of_features(
             subject,
             lambda tokens: _measured(tokens, self.standardize),
             lambda site: site.name in ("embed", "mlp"),
-            also=lambda site, tokens: images[site].add(tokens.mean(1)),
+            also=lambda site, tokens, ids: images[site].add(ids, tokens.mean(1)),
         )
-        return seen, images
+        seen.besides.update(images)
+        return seen
 
-    def _table(
-        self, seen: "Observation", images: "dict[Site, StreamingSingularValues]", first: "Observation | None"
-    ) -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per block, and one before the first."""
         from pandas import DataFrame
 
         rows = []
@@ -115,7 +93,7 @@ class Probe:
             for measure in _MEASURES:
                 row |= one.spread(measure.name)
             row |= one.differences(_PAIRED, first.statistics[site] if first else None)
-            row |= _ranks_of(images[site])
+            row |= _ranks_of(seen.besides[site])
             rows.append(row | {"num_images": seen.num_images, "undefined": row["effective_rank_undefined"]})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
@@ -163,14 +141,13 @@ class Probe:
         return pd.concat(ends)[names].reset_index(drop=True)
 
 
-def _ranks_of(images: "StreamingSingularValues") -> dict[str, float]:
+def _ranks_of(images: "JackknifedSingularValues") -> dict[str, float]:
     """Ranks of the mean patch tokens of all images together: one number, no mean over images."""
     from ssat_probe.measures import tokens as measures
 
-    values = images.values
-    ranks = (measures.effective_rank(values), measures.energy_rank(values), measures.stable_rank(values))
-    names = [column.name for column in _OF_IMAGES]
-    return dict(zip(names, (*map(float, ranks), images.ceiling), strict=True))
+    ranks = (measures.effective_rank, measures.energy_rank, measures.stable_rank)
+    named = dict(zip((column.name for column in _OF_IMAGES), ranks, strict=True))
+    return images.spread(named) | {"image_ceiling": images.whole.ceiling}
 
 
 def _measured(tokens: "Tensor", is_standardized: bool) -> "dict[str, Tensor]":

@@ -1,10 +1,10 @@
 """Variance of the feature maps over the depth of the network."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ssat_probe.paired import Paired
 from ssat_probe.registry import known
 from ssat_probe.table import Column, with_difference, with_spread
 
@@ -28,7 +28,7 @@ _NAMES = tuple(column.name for column in _MEASURES)
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """Variance of the feature maps over the depth of the network."""
 
     parity: Literal["", "park_kim"] = ""
@@ -56,30 +56,8 @@ class Probe:
         """Of what the measures are taken."""
         return f"tokens patch, parity {self.parity}" if self.parity else "tokens patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per site.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
-
-        Returns:
-            The columns of this probe.
-        """
-        return self._table(self._seen(subject), None)
-
-    def between(self, subjects: "Iterator[tuple[str, Subject]]") -> "list[DataFrame]":
-        """As `measure` for each subject, with differences to the first.
-
-        Args:
-            subjects: Labels and subjects.
-
-        Returns:
-            Their tables.
-        """
-        seen = [self._seen(subject) for _, subject in subjects]
-        return [self._table(one, one.comparable(seen[0])) for one in seen]
-
-    def _seen(self, subject: "Subject") -> "Observation":
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images."""
         from ssat_probe import observation
         from ssat_probe.measures.features import both_variances, park_kim_variance
 
@@ -92,7 +70,8 @@ class Probe:
 
         return observation.of_features(subject, measure)
 
-    def _table(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per site."""
         from pandas import DataFrame
 
         rows, before, stage = [], None, 0

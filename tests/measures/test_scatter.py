@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssat_probe.measures.scatter import StreamingSingularValues
+from ssat_probe.measures.scatter import NUM_GROUPS, JackknifedSingularValues, StreamingSingularValues
 from ssat_probe.measures.tokens import effective_rank, energy_rank, stable_rank
 
 IMAGES, DIM = 23, 7
@@ -54,3 +54,57 @@ def test_ranks_of_known_spectra():
 
 def test_equal_rows_have_no_spectrum():
     assert streamed(torch.full((3, 5), 0.1), torch.full((2, 5), 0.1)).values.isnan().all()
+
+
+def jackknifed(rows: torch.Tensor, size: int = 3) -> JackknifedSingularValues:
+    seen = JackknifedSingularValues()
+    for ids in torch.arange(len(rows)).split(size):
+        seen.add(ids, rows[ids])
+    return seen
+
+
+def test_groups_together_are_the_whole_whatever_the_batches(generator):
+    rows = rows_of(generator, "rows", (211, DIM))
+    for size in (1, 64, 211):
+        torch.testing.assert_close(jackknifed(rows, size).whole.values, streamed(rows).values, rtol=1e-13, atol=0)
+
+
+def test_leaving_out_groups_is_as_if_they_had_not_been_there(generator):
+    rows = rows_of(generator, "rows")
+    counts, others = jackknifed(rows).without_each()
+    assert counts == [3] * 3 + [2] * 7
+    for place, values in enumerate(others):
+        kept = rows[torch.arange(IMAGES) % NUM_GROUPS != place].numpy()
+        np.testing.assert_allclose(values, np.linalg.svd(kept - kept.mean(0), compute_uv=False), rtol=1e-9)
+
+
+def test_with_an_image_per_group_it_is_the_ordinary_jackknife(generator):
+    rows = rows_of(generator, "rows", (NUM_GROUPS, 5))
+    found = jackknifed(rows).spread({"rank": effective_rank})
+    kept = [rows[[j for j in range(NUM_GROUPS) if j != i]] for i in range(NUM_GROUPS)]
+    left_out = np.array([effective_rank(streamed(one).values).item() for one in kept])
+    error = np.sqrt((NUM_GROUPS - 1) * left_out.var())
+    assert found["rank"] == effective_rank(streamed(rows).values).item()
+    assert found["rank_sd"] == pytest.approx(error * NUM_GROUPS**0.5, rel=1e-9)
+    assert found["rank_high"] - found["rank_low"] == pytest.approx(2 * 2.2621571628 * error, rel=1e-9)  # t, 9 degrees
+
+
+@pytest.mark.parametrize("size", [40, 63])
+def test_the_interval_holds_the_rank_of_so_many_images(generator, size: int):
+    """In about 95 of 100 samples: the mean rank over the samples, which is what so many images give on average."""
+    scales = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1]).double()
+    ranks = {"effective": effective_rank, "stable": stable_rank}
+    found = [jackknifed(scales * rows_of(generator, f"{size} {i}", (size, DIM)), 64).spread(ranks) for i in range(200)]
+    for name in ranks:
+        truth = np.mean([one[name] for one in found])
+        held = [one[f"{name}_low"] < truth < one[f"{name}_high"] for one in found]
+        assert 0.88 < np.mean(held) < 0.99, name
+        variance = np.mean([one[f"{name}_sd"] ** 2 / size for one in found])
+        assert variance == pytest.approx(np.var([one[name] for one in found]), rel=0.4), name
+
+
+def test_two_images_and_equal_images_have_no_interval(generator):
+    for rows in (rows_of(generator, "few", (2, DIM)), torch.full((12, DIM), 0.1)):
+        found = jackknifed(rows).spread({"rank": effective_rank})
+        assert np.isnan([found["rank_sd"], found["rank_low"], found["rank_high"]]).all()
+    assert found["rank_undefined"] == 1

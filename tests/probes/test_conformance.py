@@ -121,7 +121,7 @@ def test_every_definition_has_an_entry_in_the_docs(name: str) -> None:
     measures = [column.of for column in columns if column.name == f"{column.of}_sd"]
     pages = (registry.PACKAGE.parent / "docs" / "measures.md").read_text(encoding="utf-8").split("\n## ")
     page = next((page for page in pages if page.startswith(name)), "")
-    entries = {word for line in page.splitlines() if line.startswith("| ") for word in re.split("[ ,|]+", line)}
+    entries = {word for line in page.splitlines() if line.startswith("| ") for word in re.split("[ ,|`]+", line)}
     assert [one for one in measures if one not in entries] == []
 
 
