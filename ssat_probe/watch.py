@@ -170,6 +170,7 @@ class AttentionWatch(TorchFunctionMode):
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
             attn_mask = attn_mask.expand(*attn_mask.shape[:2], query.shape[2], key.shape[2])
+        is_masked = attn_mask is not None and not bool(_open(attn_mask).all())  # a bias alone hides no key
         self.counts[block] += 1
         shape = (*query.shape[:3], key.shape[2])
         for windows, queries in self._chunks(block, shape):
@@ -179,7 +180,7 @@ class AttentionWatch(TorchFunctionMode):
                 is_valid = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(queries.start)[None, None]
             elif attn_mask is not None:
                 mask = _of(attn_mask, windows)[:, :, queries]
-                is_valid = mask if mask.dtype == torch.bool else ~mask.isneginf()
+                is_valid = _open(mask) if is_masked else None
                 scores = scores if mask.dtype == torch.bool else scores + mask
             if is_valid is not None:
                 scores = scores.masked_fill(~is_valid, -torch.inf)
@@ -260,6 +261,11 @@ def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor
             is_out = is_out if is_out.ndim == 4 else is_out.reshape(*shape, *is_out.shape[-2:])
             is_valid[..., : is_out.shape[-1]] &= ~is_out
     return is_valid
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Where a mask lets a query attend to a key."""
+    return mask if mask.dtype == torch.bool else ~mask.isneginf()
 
 
 def _of(mask: Tensor, windows: slice) -> Tensor:

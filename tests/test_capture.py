@@ -240,6 +240,16 @@ def test_options_of_fused_attention_are_part_of_the_scores(kind: str):
             assert one.rows[~is_valid.expand_as(one.rows)].isneginf().all()
 
 
+def test_a_bias_hides_no_key():
+    model = make()
+    bias = torch.randn(HEADS, PATCHES + 1, PATCHES + 1, generator=torch.Generator().manual_seed(3))
+    for block in model.blocks:
+        block.attn = MaskedAttention(block.attn, attn_mask=bias)
+    seen, errors = captured(model, images(), most_weights=1)
+    assert all(one.is_valid is None for one in seen)
+    assert max(errors.values()) < 1e-5
+
+
 def test_rows_without_a_valid_key_pass_the_check():
     mask = torch.ones(PATCHES + 1, PATCHES + 1, dtype=torch.bool)
     mask[2] = False
