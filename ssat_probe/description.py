@@ -124,7 +124,7 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
         heads, queries, keys = one.rows.shape[1:]
         kind = "scores" if one.has_scores else "weights alone"
         masked = "" if one.is_valid is None else ", masked"
-        where = _where(one) if is_hierarchical else ""
+        where = _where(one, is_hierarchical)
         many = "s" if heads > 1 else ""
         seen[one.block] = f"{where}{heads} head{many}, {queries} queries x {keys} keys, {kind} visible{masked}"
         seen[one.block] += f", {_KINDS[one.kind]}"
@@ -145,12 +145,14 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
     return lines
 
 
-def _where(one: capture.Attention) -> str:
-    """Grid and windows of a block of a hierarchical model, or why nobody knows."""
+def _where(one: capture.Attention, is_hierarchical: bool) -> str:
+    """Grid and windows of a block of a hierarchical model; of any model why nobody knows the places of its tokens."""
     try:
         rows = geometry.arranged(one)
     except ValueError as error:
         return f"places unknown ({error}), "
+    if not is_hierarchical:
+        return ""
     assert not isinstance(one.place, str)
     text = f"grid {one.place.grid[0]} x {one.place.grid[1]}, "
     if rows.num_windows == 1:

@@ -225,7 +225,8 @@ def _of_timm(words: str, source: Source, data: str, data_dir: Path | None) -> Fo
         return timm_model(name, source, len(classes) or None)
 
     model = seeded(int(found[3] or 0), make)
-    report = Report(f"{TIMM}{name}", note="untrained, a head for the classes of the images", fraction=1.0)
+    note = "a head for the classes of the images" if classes else "a head for as many classes as timm gives it"
+    report = Report(f"{TIMM}{name}", note=note, fraction=1.0)
     label = f"{name}-untrained" + (f"-{found[3]}" if found[3] else "")
     config = resolve_model_data_config(model)
     made = _foreign(Path(words), label, name, classes, model, make, None, report, config, source)
@@ -306,7 +307,8 @@ def _size_of(model: nn.Module) -> tuple[int, int]:
 def _patch_of(model: nn.Module) -> tuple[int, int]:
     """Height and width of a patch in pixels; that of the first stage where there are several."""
     patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return (int(patch[0]), int(patch[1])) if patch else (1, 1)
+    height, width = patch if isinstance(patch, tuple | list) else (patch or 1,) * 2
+    return int(height), int(width)
 
 
 def _channels_of(model: nn.Module) -> int:

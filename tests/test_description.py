@@ -48,6 +48,9 @@ def test_a_probe_that_does_not_apply_says_why(tmp_path: Path) -> None:
     assert verdicts["accuracy"].startswith("does not apply: The classes of ")
     assert verdicts["hessian"].startswith("does not apply: The classes of ")
     untrained = probes_that_apply(f"timm:{NAME}", Sample(data="digits", device="cpu"), Source(img_size=(32,)))
+    assert (
+        "must hold a model with a masked pass for this, got a VisionTransformer without" in untrained["reconstruction"]
+    )
     assert {untrained[name] for name in ("accuracy", "attention", "hessian", "variance")} == {"applies"}
 
 
@@ -95,11 +98,12 @@ def test_cvt_is_described_stage_by_stage_and_every_probe_applies_or_says_why(
     assert "got 64 queries and 16 keys in stage0.blocks.0.attn" in refused["maps"]
 
 
-def test_what_has_no_masked_pass_has_no_reconstruction() -> None:
-    verdicts = probes_that_apply(f"timm:{NAME}", Sample(data="digits", device="cpu"), Source(img_size=(32,)))
-    assert (
-        "must hold a model with a masked pass for this, got a VisionTransformer without" in verdicts["reconstruction"]
+def test_attention_over_channels_has_no_places() -> None:
+    lines = describe("timm:xcit_nano_12_p16_224", Sample(), Source(img_size=(64,)))
+    assert any(
+        line.startswith("  blocks 0 to 11: places unknown (The model must say its grid of patches") for line in lines
     )
+    assert "  images: 3 x 64 x 64, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in lines
 
 
 def test_the_kind_of_attention_is_what_ran(make_family: Callable) -> None:

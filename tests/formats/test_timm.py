@@ -2,14 +2,18 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from ssat_probe.foreign import Foreign
+from ssat_probe.architecture import timm_model
+from ssat_probe.foreign import Foreign, open_weights
 from ssat_probe.formats import detect
+from ssat_probe.source import Source
 
 Lively = Callable[..., nn.Module]
 Open = Callable[..., Foreign]
@@ -36,6 +40,38 @@ def test_logits_are_timms_own(lively: Lively, opened: Open, logits: Logits, imag
     assert (foreign.report.layout, foreign.report.fraction) == ("timm", 1.0)
     assert set(foreign.report.loaded) == set(model.state_dict())
     assert foreign.encoder().num_prefix_tokens == model.num_prefix_tokens
+
+
+FAMILIES = {
+    "vit_tiny_patch16_224": (64, 64),
+    "deit_tiny_distilled_patch16_224": (32, 64),
+    "vit_small_patch14_reg4_dinov2": (56, 56),
+    "vit_pwee_patch16_reg1_gap_256": (64, 64),
+    "swin_tiny_patch4_window7_224": (64, 96),
+    "swinv2_tiny_window8_256": (64, 64),
+    "cait_xxs24_224": (64, 64),
+    "pvt_v2_b0": (64, 64),
+    "mvitv2_tiny": (64, 64),
+}
+"Every family of timm's that is promised, by a name in its registry."
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_of_named_models_give_timms_logits(
+    lively: Lively, tmp_path: Path, logits: Logits, generator: Callable[[str], torch.Generator], name: str
+) -> None:
+    size = FAMILIES[name]
+    torch.manual_seed(0)
+    model = lively(timm_model(name, Source(img_size=size), 5))
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    foreign = open_weights(tmp_path / "a.safetensors", Source(model=f"timm:{name}", img_size=size))
+    assert isinstance(foreign, Foreign)
+    assert (foreign.report.fraction, foreign.report.missing, foreign.report.unexpected) == (1.0, (), ())
+    images = torch.randn(2, 3, *size, generator=generator("family"))
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.std() > 0.1
+    assert torch.equal(logits(foreign, images), expected)
 
 
 def test_distilled_models_have_two_tokens_and_two_heads(
