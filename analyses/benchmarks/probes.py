@@ -3,9 +3,11 @@
 Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes four minutes; nothing to download.
 Fresh weights: what is timed does not depend on what a model has learnt. All ways see the same images, and the usual
 ones give the same mean entropy (checked). Seconds are medians of the ratio to the plain pass over repeats that take
-turns, with their range; memory is the largest sum of live tensors, minus that of the plain forward pass.
+turns, with their range, beside the target where there is one; memory is the largest sum of live tensors, minus that of
+the plain forward pass, over two batches.
 """
 
+import copy
 import json
 import statistics
 import sys
@@ -24,16 +26,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ssat_probe import capture
-from ssat_probe.probes import attention, heads, histogram, variance
+from ssat_probe import capture, observation
+from ssat_probe.probes import attention, heads, histogram, repetition, similarity, variance
 
 MODELS = {"vit_tiny_patch16_224": (64, 16), "swin_tiny_patch4_window7_224": (16, 8)}
 "Images and batch size of each."
 REPEATS = 5
+TARGETS = {"attention": 1.6, "variance": 1.1}
+"Times the plain pass that was aimed at, on the ViT."
 
 
 class Shown:
     """What a probe needs of a subject: a model and images."""
+
+    fingerprint = setting = ""
+    checkpoint = SimpleNamespace(label="fresh")
 
     def __init__(self, name: str, num_images: int, batch_size: int) -> None:
         torch.manual_seed(0)
@@ -41,6 +48,11 @@ class Shown:
         generator = torch.Generator().manual_seed(1)
         self.images = torch.randn(num_images, 3, 224, 224, generator=generator)
         self.batch_size = batch_size
+
+    @property
+    def num_images(self) -> int:
+        """All of them."""
+        return len(self.images)
 
     def batches(self) -> Iterator[SimpleNamespace]:
         """Images with their numbers."""
@@ -71,6 +83,16 @@ def all_of_attention(shown: Shown) -> float:
 def of_variance(shown: Shown) -> None:
     """The probe `variance`."""
     variance.Probe().measure(shown)  # type: ignore[arg-type]
+
+
+def of_repetition(shown: Shown) -> None:
+    """The probe `repetition`, on models whose blocks attend over the same keys."""
+    repetition.Probe().measure(shown)  # type: ignore[arg-type]
+
+
+def of_similarity(shown: Shown) -> None:
+    """The probe `similarity`, of the model with itself."""
+    similarity.Probe().measure(shown)  # type: ignore[arg-type]
 
 
 def with_timm(shown: Shown) -> float:
@@ -139,10 +161,11 @@ class Peak(TorchDispatchMode):
 
 
 def peak_bytes(way: Callable[[Shown], Any], shown: Shown) -> int:
-    """Of one batch."""
-    few = SimpleNamespace(model=shown.model, batches=lambda: iter([next(shown.batches())]))
+    """Of two batches, so that what is kept from one to the next counts."""
+    few = copy.copy(shown)
+    few.images = shown.images[: 2 * shown.batch_size]
     with Peak() as peak:
-        way(few)  # type: ignore[arg-type]
+        way(few)
     return peak.peak
 
 
@@ -151,7 +174,8 @@ def measured(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
     shown = Shown(name, num_images, batch_size)
     ways: dict[str, Callable[[Shown], Any]] = {
         "plain": plain, "attention": entropy_and_kurtosis, "attention, heads, histogram": all_of_attention,
-        "variance": of_variance, "timm AttentionExtract + numpy": with_timm, "storing all maps": storing_all,
+        "variance": of_variance, "repetition": of_repetition, "similarity": of_similarity,
+        "timm AttentionExtract + numpy": with_timm, "storing all maps": storing_all,
     }  # fmt: skip
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     entropies: dict[str, float] = {}
@@ -174,13 +198,16 @@ def measured(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
     rows = {}
     for label in ways:
         ratios = [one / base for one, base in zip(seconds[label], seconds["plain"], strict=True)]
-        rows[label] = {
+        rows[label] = {"target": TARGETS[label]} if label in TARGETS else {}
+        rows[label] |= {
             "times_plain": round(statistics.median(ratios), 2),
             "range": [round(min(ratios), 2), round(max(ratios), 2)],
             "ms_per_image": round(1000 * statistics.median(seconds[label]) / num_images, 1),
             "mb_above_plain": round((peaks[label] - peaks["plain"]) / 2**20, 1),
         }
-    return {"model": name, "images": num_images, "batch_size": batch_size, "threads": torch.get_num_threads(), **rows}
+    # A chunk is what is looked at of one block at a time; an image's single query may be more.
+    shared = {"images": num_images, "batch_size": batch_size, "threads": torch.get_num_threads()}
+    return {"model": name, **shared, "mb_of_a_chunk": observation.MOST_WEIGHTS * 4 / 2**20, **rows}
 
 
 def main() -> None:
