@@ -83,6 +83,12 @@ def test_mini_batches(checkpoints):
     assert list(hessian.Probe().summary(found))[:3] == ["checkpoint", "nep", "ape"]
 
 
+def test_mini_batches_along_a_training_are_drawn(checkpoints):
+    one = table({"ssat": checkpoints["ssat"]}, method="batches")
+    epochs = [one.assign(epoch=epoch, checkpoint=f"{epoch}") for epoch in (0, 1, 4)]
+    hessian.Probe().draw(pd.concat(epochs, ignore_index=True)).canvas.draw()
+
+
 def test_exact_alone_is_drawn_as_a_spectrum(checkpoints):
     found = table(checkpoints, method="exact")
     figure = hessian.Probe().draw(found)

@@ -338,7 +338,7 @@ class Probe:
         from ssat_probe import curvature_drawing, spectrum_drawing, trajectory_drawing
         from ssat_probe.measures.spectrum import methods_in
 
-        if trajectory_drawing.is_trajectory(table):
+        if trajectory_drawing.is_trajectory(table) and (table["quantity"] == "lambda_max").any():
             return trajectory_drawing.draw(table)
 
         if methods_in(table) or not (table["quantity"].isin(["alpha", "eigenvalue"])).any():
