@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from pandas import DataFrame
 
@@ -20,10 +19,11 @@ from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
+from ssat_probe.results import costs, gathered
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
-from ssat_probe.table import read_table, write_atomically
+from ssat_probe.table import write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
 KEYS = ("title", "recipe", "models", "methods", "seeds", "vary", "probes", "measures", "claims", "jobs", "threads")
@@ -33,18 +33,6 @@ OF_MEASUREMENT = ("probe", "models", "snapshots")
 
 SMOKE = {"epochs": 1, "subset": 20, "batch_size": 10, "pretrain_epochs": 1, "budget": "matched"}
 "What a recipe is shrunk to, to see that everything runs; the last two only where the file sets them."
-
-
-COSTS = {
-    "seconds": "train_s",
-    "images": "images",
-    "multiply_adds": "multiply_adds",
-    "processor_s": "processor_s",
-    "energy_j": "energy_j",
-    "data_wait_s": "data_wait_s",
-    "evaluation_s": "evaluation_s",
-}
-"Columns of cost.csv that are summed over the stages of a training, and what cost.json calls them."
 
 
 @dataclass(frozen=True)
@@ -254,11 +242,11 @@ def run(
         names = [one.name for one in analysis.cells]
         is_new = side_by_side(cells, names, jobs or analysis.jobs, analysis.threads, progress)
     folders = {checkpoints / one.name: one for one in analysis.cells}
-    tables = {one.name: _gathered(one, folders, out, analysis.axes) for one in measurements}
-    costs = _costs(folders, analysis.axes)
-    compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, costs, analysis.axes)
+    tables = {one.name: gathered(one, folders, out, analysis.axes) for one in measurements}
+    spent = costs(folders, analysis.axes)
+    compared, verdicts = comparison.compare(analysis.measures, analysis.claims, tables, spent, analysis.axes)
     comparison.write(compared, verdicts, out)
-    write_atomically(out / "cost.csv", costs.to_csv(index=False))
+    write_atomically(out / "cost.csv", spent.to_csv(index=False))
     if analysis.axes and len(compared):
         drawing.save(sweep.draw(compared), out / "sweep")
     record = _record(analysis, time.monotonic() - started)
@@ -329,70 +317,6 @@ def _on_device(measurement: Measurement, data_dir: Path | None, device: str | No
         device=measurement.sample.device or device or "",
     )
     return dataclasses.replace(measurement, sample=sample)
-
-
-def _gathered(measurement: Measurement, folders: dict[Path, Planned], out: Path, axes: Sequence[str] = ()) -> DataFrame:
-    """Tables of all cells as one, written with its record and its figure."""
-    paths = {
-        path: cell
-        for folder, cell in folders.items()
-        if measurement.applies_to(cell.recipe)
-        for _, path in measurement.looks(cell.recipe, folder)
-    }
-    records = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in paths]
-    record = records[0] | {
-        "checkpoints": [entry for one in records for entry in one["checkpoints"]],
-        "seconds": round(sum(one["seconds"] for one in records), 3),
-    }
-    table = _without_doubles([_placed(read_table(path), cell, axes) for path, cell in paths.items()])
-    probe.write_results(measurement.probe, table, record, out, measurement.name)
-    return table
-
-
-def _placed(table: DataFrame, cell: Planned, axes: Sequence[str]) -> DataFrame:
-    """A cell's table with where it stands on the axes of a sweep, which the name of the checkpoint then says too."""
-    # An untrained twin stands nowhere: no axis but the architecture's changes it, and its name says that one.
-    is_trained = table["method"] != probe.UNTRAINED
-    if cell.folder:
-        table["checkpoint"] = table["checkpoint"].where(~is_trained, cell.folder + "/" + table["checkpoint"])
-    place = len(probe.IDENTITY) - 1
-    for axis in reversed(axes):
-        column = pd.Series([cell.point.get(axis, float("nan"))] * len(table), index=table.index)
-        table.insert(place, axis, column.where(is_trained))
-    return table
-
-
-def _without_doubles(tables: list[DataFrame]) -> DataFrame:
-    """Tables of all cells; an untrained twin, which cells of one seed share, stands in it once."""
-    seen: set[tuple[Any, ...]] = set()
-    parts = []
-    for table in tables:
-        keys = pd.Series(zip(table["checkpoint"], table["epoch"], strict=True), index=table.index)
-        parts.append(table[~keys.isin(seen)])
-        seen |= set(keys)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:
-    """What each cell cost, over its stages; empty where a training of an earlier version did not say."""
-    rows = []
-    for folder, cell in folders.items():
-        recipe = cell.recipe
-        stages = DataFrame(json.loads((folder / "cost.json").read_text(encoding="utf-8")).values())
-        summed = {name: stages.get(of, pd.Series([float("nan")])).sum(skipna=False) for name, of in COSTS.items()}
-        rows.append(
-            {
-                "checkpoint": cell.name,
-                "model": recipe.model,
-                "method": recipe.method,
-                "data": recipe.data,
-                "seed": recipe.seed,
-                **{axis: cell.point.get(axis, float("nan")) for axis in axes},
-                **summed,
-                "peak_memory_bytes": stages.get("peak_memory_bytes", pd.Series([float("nan")])).max(),
-            }
-        )
-    return DataFrame(rows)
 
 
 def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""Results of an analysis: costs and tables of its cells."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ssat_probe.recipe import Recipe
+from ssat_probe.results import COSTS, costs
+from ssat_probe.sweep import Planned
+
+
+def test_costs_are_summed_over_the_stages_and_memory_is_the_largest(tmp_path: Path) -> None:
+    stage = {of: 2.0 for of in COSTS.values()} | {"peak_memory_bytes": 5}
+    cells = {}
+    for seed in (0, 1):
+        cell = Planned(Recipe(method="ssl_ft", seed=seed), {"depth": 3.0} if seed else {})
+        cells[tmp_path / cell.name] = cell
+        (tmp_path / cell.name).mkdir(parents=True)
+        (tmp_path / cell.name / "cost.json").write_text(
+            json.dumps({"pretrain": stage, "finetune": stage | {"peak_memory_bytes": 9}})
+        )
+    table = costs(cells, ("depth",))
+    assert [table[name].tolist() for name in COSTS] == [[4.0, 4.0]] * len(COSTS)
+    assert table["peak_memory_bytes"].tolist() == [9, 9]
+    assert np.array_equal(table["depth"], [np.nan, 3.0], equal_nan=True)
+
+
+def test_what_a_training_did_not_say_is_missing_and_not_nothing(tmp_path: Path) -> None:
+    cell = Planned(Recipe(), {})
+    (tmp_path / "cost.json").write_text(json.dumps({"train": {"train_s": 1.0, "energy_j": None}}))
+    table = costs({tmp_path: cell})
+    assert table["seconds"].item() == 1
+    assert pd.isna(table["energy_j"].item())
+    assert pd.isna(table["images"].item())
