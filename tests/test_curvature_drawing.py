@@ -38,11 +38,23 @@ def test_comparison_shows_each_training_method_and_each_curvature_method(compare
     figure = hessian.Probe().draw(compared)
     figure.canvas.draw()
     titles = {ax.get_title(loc="left") for ax in figure.axes}
-    assert {"SSAT: spectrum", "SSL+FT: negative part", "scratch: spectrum", "Cost"} <= titles
+    assert {"SSAT: spectrum", "SSL+FT: negative part", "scratch: spectrum", "Cost (medians)"} <= titles
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"exact", "Lanczos", "LiSSA", "PyHessian"}
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
     one = compared[compared["method"] == "ssat"]
     assert len(curvature_drawing.draw(one).axes) == 5
+
+
+def test_a_checkpoint_that_was_held_up_does_not_move_the_seconds_shown(compared):
+    def shown(found: pd.DataFrame) -> list[str]:
+        figure = curvature_drawing.draw(found)
+        (costs,) = (ax for ax in figure.axes if ax.get_title(loc="left") == "Cost (medians)")
+        return [text.get_text() for text in costs.texts]
+
+    held_up = compared.copy()
+    held_up.loc[(held_up["method"] == "ssat") & (held_up["quantity"] == "lanczos:seconds"), "value"] += 100
+    assert any(text.endswith(" s") for text in shown(compared))
+    assert shown(held_up) == shown(compared)
 
 
 def test_an_end_at_zero_of_a_convex_part_is_drawn(compared):
