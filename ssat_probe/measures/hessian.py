@@ -20,6 +20,7 @@ from ssat_probe.measures.isolation import undisturbed
 from ssat_probe.measures.processes import gathered, summed
 
 CHUNK = 64  # vectors of one batched product; tuned on a 3,000-parameter ViT, no source
+SMALL = 2**20  # entries up to which one copy of everything takes less time than a call per tensor, on a CPU
 DENSE_BYTES = 2 * 2**30  # largest dense Hessian that is assembled without being asked
 _NOT_TWICE = ("not implemented", "derivative for", "double backward", "differentiate twice", "backward of backward")
 
@@ -300,21 +301,25 @@ class HessianOperator:
         self, total: Tensor, share: int, gradients: list[Tensor | None], vectors: Tensor, *, retain_graph: bool
     ) -> None:
         """Add derivatives of ``gradients`` along each of the vectors, for one batch."""
-        num = len(vectors)
-        cast = {one.dtype: vectors.to(one.dtype) for one in gradients if one is not None}  # not tensor by tensor
+        is_small = total.numel() <= SMALL
+        dtypes = {one.dtype for one in gradients if one is not None}
+        if is_small and len(dtypes) == 1:
+            vectors = vectors.to(dtypes.pop())
         pairs = [
-            (one, cast[one.dtype][:, place].reshape(num, *one.shape))
+            (one, vectors[:, place].to(one.dtype).reshape(len(vectors), *one.shape))
             for one, place in zip(gradients, self._slices, strict=True)
             if one is not None and one.requires_grad
         ]
         if not pairs:  # a loss that is linear in all parameters, or has none that can be trained
             return
         blocks = self._second([one for one, _ in pairs], [along for _, along in pairs], retain_graph=retain_graph)
-        flat = [
-            vectors.new_zeros(num, place.stop - place.start) if block is None else block.reshape(num, -1)
-            for place, block in zip(self._slices, blocks, strict=True)
+        found = [
+            (p, one.reshape(len(vectors), -1)) for p, one in zip(self._slices, blocks, strict=True) if one is not None
         ]
-        total.add_(torch.cat(flat, dim=1), alpha=share)  # in float64, as the total is
+        if is_small and len(found) == len(self._slices):
+            found = [(slice(None), torch.cat([one for _, one in found], dim=1))]
+        for place, one in found:
+            total[:, place].add_(one, alpha=share)  # in float64, as the total is
 
     def rows(
         self, gradients: list[Tensor | None], tensor: int, entries: Int[Tensor, " row"]
