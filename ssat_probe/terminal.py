@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
     from ssat_probe.budget import Budget
     from ssat_probe.recipe import Recipe
+
+SILENCE_S = 60.0
+"""Seconds between two lines of progress in a log file."""
 
 
 def fail(sentence: str, status: int = 2) -> None:
@@ -70,7 +74,7 @@ def hushed(is_silent: bool) -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with an estimate on stderr, gone when it is done; nothing where stderr is no terminal.
+    """A bar with an estimate on stderr, gone when it is done; where stderr is no terminal, a line a minute.
 
     Yields:
         To be called with how much is done, of how much, and a few words.
@@ -87,7 +91,7 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
     console = Console(stderr=True)
     if not console.is_interactive:  # rich would leave an empty line
-        yield lambda done, total, text: None
+        yield _lines()
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
@@ -97,6 +101,23 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
             bar.update(task, completed=done, total=total, description=text)
 
         yield update
+
+
+def _lines() -> Callable[[int, int, str], None]:
+    """Progress for a log file: a line a minute; what a resumed run finds done sets no pace."""
+    said = started = time.monotonic()
+    first: int | None = None
+
+    def update(done: int, total: int, text: str) -> None:
+        nonlocal said, first
+        now, first = time.monotonic(), done if first is None else first
+        if now - said < SILENCE_S:
+            return
+        said = now
+        left = f", about {(now - started) * (total - done) / (done - first) / 60:.0f} min left" if done > first else ""
+        print(f"{done:,} of {total:,} after {(now - started) / 60:.0f} min{left}: {text}", file=sys.stderr)  # noqa: T201
+
+    return update
 
 
 def print_budget(recipe: "Recipe", budget: "Budget") -> None:

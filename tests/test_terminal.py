@@ -42,7 +42,21 @@ def test_without_a_terminal_a_wide_table_keeps_its_rows(capsys: pytest.CaptureFi
     assert "column 29" in shown.splitlines()[1]
 
 
-def test_a_bar_says_nothing_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_gets_a_line_a_minute_with_an_estimate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 0.0, 59.0, 61.0, 90.0, 122.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.progress() as progress:
+        for done in (1_000, 1_100, 1_200, 1_300, 1_400):  # a thousand were there from an earlier run
+            progress(done, 2_000, "cells")
+    assert capsys.readouterr().err.splitlines() == [
+        "1,200 of 2,000 after 1 min, about 4 min left: cells",
+        "1,400 of 2,000 after 2 min, about 3 min left: cells",
+    ]
+
+
+def test_a_log_file_holds_nothing_of_what_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.progress() as progress:
         progress(1, 2, "half")
     assert capsys.readouterr() == ("", "")
