@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pandas import DataFrame
 
-from ssat_probe import comparison, drawing, probe, sweep, training
+from ssat_probe import comparison, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
@@ -26,7 +26,10 @@ from ssat_probe.sweep import Planned, planned
 from ssat_probe.table import write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
-KEYS = ("title", "recipe", "models", "methods", "seeds", "vary", "probes", "measures", "claims", "jobs", "threads")
+KEYS = (
+    *("title", "recipe", "models", "methods", "seeds", "vary"),
+    *("probes", "measures", "tradeoffs", "claims", "jobs", "threads"),
+)
 OF_MEASUREMENT = ("probe", "models", "snapshots")
 "What a probe's entry may say beside the options of probe and sample."
 
@@ -53,6 +56,8 @@ class Analysis:
     "Threads of each cell; 0 means that the jobs share the cores."
     axes: tuple[str, ...] = ()
     "Of its sweep, if it is one."
+    tradeoffs: tuple[tuple[str, str], ...] = ()
+    "Pairs of measures to be drawn over each other, the upright one first."
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -129,6 +134,7 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         jobs=int(content.get("jobs", 0)),
         threads=int(content.get("threads", 0)),
         axes=axes,
+        tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
     )
 
 
@@ -249,6 +255,8 @@ def run(
     write_atomically(out / "cost.csv", spent.to_csv(index=False))
     if analysis.axes and len(compared):
         drawing.save(sweep.draw(compared), out / "sweep")
+    if analysis.tradeoffs and len(compared):
+        drawing.save(tradeoff.draw(compared, analysis.tradeoffs), out / "tradeoff")
     record = _record(analysis, time.monotonic() - started)
     kept = json.loads(before) if before and not is_new else {}
     if kept.get("seconds") is not None and kept["source"] == analysis.source:

@@ -211,9 +211,8 @@ def readable(compared: DataFrame) -> DataFrame:
     methods, points = list(dict.fromkeys(compared["method"])), points_over(compared, axes_of(compared))
     rows = []
     for name, group in compared.groupby("measure", sort=False):
-        unit = group["unit"].iloc[0]
         for point in points:
-            row = {"measure": f"{name} [{unit}]" if unit and not pd.isna(unit) else name}
+            row = {"measure": with_unit(str(name), group["unit"].iloc[0])}
             row |= {axis: shown(value) for axis, value in point.items()}
             here = at(group, point)
             for method in methods:
@@ -276,6 +275,31 @@ def shown(value: Any) -> str:
         Without needless digits.
     """
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def titled(point: Mapping[str, Any]) -> str:
+    """A point of a sweep as the title of a panel.
+
+    Args:
+        point: Value on each axis.
+
+    Returns:
+        Names and values; empty without any.
+    """
+    return ", ".join(f"{axis.replace('_', ' ')} {shown(value)}" for axis, value in point.items())
+
+
+def with_unit(measure: str, unit: Any) -> str:
+    """A measure as people read it.
+
+    Args:
+        measure: Its name.
+        unit: None, empty or NaN for none.
+
+    Returns:
+        The unit in brackets behind the name.
+    """
+    return f"{measure} [{unit}]" if unit and not pd.isna(unit) else measure
 
 
 def rounded(table: DataFrame) -> DataFrame:

@@ -50,7 +50,8 @@ def write_report(folder: Path | str) -> Path:
         _head(folder, analysis, records),
         _verdicts(folder),
         _compared(folder),
-        _sweep(folder),
+        _overview(folder, "sweep", "Sweep", "Measures over the axes of the sweep"),
+        _overview(folder, "tradeoff", "Trade-off", "Measures over each other"),
         *(_figure(folder, name, records[name]) for name in records),
         _runs(analysis),
         _provenance(analysis, records),
@@ -128,15 +129,15 @@ def _compared(folder: Path) -> str:
     )
 
 
-def _sweep(folder: Path) -> str:
-    """Each measure over the axes of a sweep, where the analysis is one."""
-    path = folder / "sweep.png"
+def _overview(folder: Path, name: str, title: str, description: str) -> str:
+    """A figure of the analysis itself, where there is one."""
+    path = folder / f"{name}.png"
     if not path.is_file():
         return ""
     image = base64.b64encode(path.read_bytes()).decode()
     return (
-        f"<h2>Sweep</h2><img alt='Measures over the axes of the sweep' src='data:image/png;base64,{image}'>"
-        "<p class='quiet'>Table: comparison.csv; vector figure: sweep.pdf.</p>"
+        f"<h2>{title}</h2><img alt='{description}' src='data:image/png;base64,{image}'>"
+        f"<p class='quiet'>Table: comparison.csv; vector figure: {name}.pdf.</p>"
     )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.comparison import at, axes_of, points_over, shown
+from ssat_probe.comparison import at, axes_of, points_over, shown, titled, with_unit
 from ssat_probe.effect import without_effect
 from ssat_probe.recipe import Recipe
 
@@ -143,7 +144,7 @@ def draw(compared: DataFrame) -> Figure:
     first, others = axes[0], axes[1:]
     facets = points_over(compared, others)
     measures = list(dict.fromkeys(compared["measure"]))
-    places = _places(compared[first].dropna())
+    places = places_on(compared[first].dropna())
     with drawing.style():
         width = min(drawing.PAGE_WIDTH, 3.4 * len(facets))
         figure, panels = drawing.panels(len(measures), len(facets), width=width, height=1.75 * len(measures))
@@ -151,10 +152,8 @@ def draw(compared: DataFrame) -> Figure:
             rows = at(compared[compared["measure"] == measure], facet)
             for method, group in rows.groupby("method", sort=False):
                 _line(ax, str(method), group, first, places)
-            unit = rows["unit"].iloc[0] if len(rows) else ""
-            label = f"{measure} [{unit}]" if unit and not pd.isna(unit) else measure
-            title = ", ".join(f"{axis.replace('_', ' ')} {shown(value)}" for axis, value in facet.items())
-            drawing.label_axes(ax, first.replace("_", " "), label, title)
+            label = textwrap.fill(with_unit(measure, rows["unit"].iloc[0] if len(rows) else ""), 26)
+            drawing.label_axes(ax, first.replace("_", " "), label, titled(facet))
             ax.set_xticks(list(places.values()), [shown(value) for value in places])
         drawing.legend_below(
             figure, "mean over seeds with its 95 % t interval; a level line does not depend on the axis"
@@ -162,8 +161,15 @@ def draw(compared: DataFrame) -> Figure:
     return figure
 
 
-def _places(values: "pd.Series[Any]") -> dict[Any, float]:
-    """Where the values of an axis stand, in order; evenly, since grids are seldom linear."""
+def places_on(values: "pd.Series[Any]") -> dict[Any, float]:
+    """Where the values of an axis stand; evenly, since grids are seldom linear.
+
+    Args:
+        values: As often as they come.
+
+    Returns:
+        0, 1, 2 and so on, in the order of the numbers, or in which the names come.
+    """
     seen = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) for value in seen):
         seen.sort()

@@ -177,6 +177,8 @@ measures:
   test accuracy: {probe: accuracy, column: accuracy}
   variance: {probe: variance, column: variance}
   training time: {probe: cost, column: seconds, unit: s}
+tradeoffs:
+  - [test accuracy, training time]
 claims:
   - {claim: more classification classifies better, measure: test accuracy, sign: 1, methods: [ssat, ssat],
      at: [{lambda_weight: 0.5}, {lambda_weight: 0.1}]}
@@ -209,7 +211,9 @@ def test_a_sweep_runs_from_its_file_and_what_is_there_is_reused(tiny: Path, tmp_
     assert twins["lambda_weight"].isna().all()
     assert verdicts["num_seeds"].tolist() == [2]
     assert (out / "sweep.pdf").is_file()
-    assert "<h2>Sweep</h2>" in report.write_report(out).read_text(encoding="utf-8")
+    page = report.write_report(out).read_text(encoding="utf-8")
+    assert "<h2>Sweep</h2>" in page
+    assert "<h2>Trade-off</h2>" in page
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
     analysis.run(chosen, out, runs, device="cpu", jobs=1)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == written
