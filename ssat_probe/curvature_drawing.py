@@ -186,9 +186,7 @@ def _batches(table: DataFrame) -> Figure:
             axes[0].hist(values, bins=bins.tolist(), histtype="step", density=True, label=label, **look)
     drawing.label_axes(axes[0], "eigenvalue [loss]", "share of mini-batches per unit", "λmax (solid), λmin (dotted)")
     for ax, quantity, title in zip(axes[1:], ("nep", "ape"), ("NEP", "APE [loss]"), strict=True):
-        drawn = drawing.dots_by_series(ax, table[table["quantity"] == quantity], "value")
-        if any(len(one.label) > 10 for one in drawn):
-            ax.set_xticks(range(len(drawn)), [""] * len(drawn))
+        drawing.dots_by_series(ax, table[table["quantity"] == quantity], "value")
         if quantity == "nep":
             ax.set_ylim(-0.01, max(0.1, 1.1 * float(table.loc[table["quantity"] == "nep", "value"].max())))
         drawing.label_axes(ax, "", title)

@@ -75,6 +75,9 @@ _COLOURS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#
 _MARKERS = "os^DvP<X>p"
 _DASHES = ("-", "--", "-.", ":")
 
+# Letters of a name below its dots.
+_MOST_LETTERS = 10
+
 # Markers of a line; more of them hide its dashes.
 _MOST_MARKERS = 16
 
@@ -183,6 +186,8 @@ def lines_with_band(ax: Axes, table: DataFrame, x: str, y: str, **line: Any) -> 
 def dots_by_series(ax: Axes, table: DataFrame, y: str) -> list[Series]:
     """One place on the x axis per line of `series`: a dot per checkpoint, and the mean with its 95 % t interval.
 
+    Places have the names of the lines where these are short; else the legend, which the figure then needs, has them.
+
     Args:
         ax: Where to draw.
         table: A probe's table with the identity columns; rows of one checkpoint are averaged first.
@@ -200,7 +205,8 @@ def dots_by_series(ax: Axes, table: DataFrame, y: str) -> list[Series]:
         if len(values) > 1:
             mean, low, high = t_interval(values.tolist())
             ax.errorbar(place + 0.25, mean, [[mean - low], [high - mean]], capsize=2.5, **look)
-    ax.set_xticks(range(len(drawn)), [one.label for one in drawn], rotation=0 if len(drawn) <= 4 else 90)
+    is_short = all(len(one.label) <= _MOST_LETTERS for one in drawn)
+    ax.set_xticks(range(len(drawn)), [one.label if is_short else "" for one in drawn])
     ax.set_xlim(-0.5, len(drawn) - 0.5 + 0.15)
     return drawn
 

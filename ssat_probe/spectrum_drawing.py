@@ -166,7 +166,5 @@ def _draw_points(ax: Axes, table: DataFrame, quantity: str, label: str) -> None:
         if one.num_seeds == 1 and one.table["data_error"].notna().all():
             bars: Any = {"yerr": 2 * one.table["data_error"], "color": one.look.colour, "capsize": 2.5, "fmt": "none"}
             ax.errorbar(place, one.table["value"].iloc[0], **bars)
-    if any(len(one.label) > 10 for one in drawn):
-        ax.set_xticks(range(len(drawn)), [""] * len(drawn))  # the legend names them
     ax.axhline(0, color="black", linewidth=0.5, zorder=0)
     drawing.label_axes(ax, "", label)

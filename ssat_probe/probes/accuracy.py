@@ -87,8 +87,10 @@ class Probe:
         with drawing.style():
             figure, axes = drawing.panels(1, len(shown))
             for ax, name in zip(axes, shown, strict=True):
-                drawing.dots_by_series(ax, table.dropna(subset=[name]), name)
+                drawing.dots_by_series(ax, table, name)
                 ax.set_ylabel({"accuracy": "test accuracy"}.get(name, f"{labels[name]}"))
+            if not any(label.get_text() for label in axes[0].get_xticklabels()):
+                drawing.legend_below(figure)
         return figure
 
     def summary(self, table: "DataFrame") -> "DataFrame":

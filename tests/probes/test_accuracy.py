@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import recall_score, roc_auc_score
 
+from ssat_probe import drawing
 from ssat_probe.probes.accuracy import Probe, by_class
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
@@ -112,6 +113,25 @@ def table(reconstruction: tuple[float, ...]) -> pd.DataFrame:
 def test_reconstruction_is_drawn_where_there_is_a_decoder(reconstruction: tuple[float, ...], panels: int) -> None:
     axes = Probe().draw(table(reconstruction)).axes
     assert [ax.get_ylabel() for ax in axes] == ["test accuracy", "reconstruction [normalised pixel²]"][:panels]
+
+
+def test_points_of_a_sweep_are_named_in_the_legend_and_keep_their_look_in_both_panels(tmp_path: Path) -> None:
+    rows = [
+        {"checkpoint": f"lambda_weight={weight},training_images=100/vit_nano-digits-{method}-seed{seed}", "seed": seed}
+        | {"model": "vit_nano", "data": "digits", "method": method, "epoch": 300.0, "accuracy": 0.5 + seed / 10}
+        | {"reconstruction": 0.4 if method == "ssat" else np.nan}
+        for method in ("scratch", "ssat")
+        for weight in (0.01, 0.03, 0.1, 0.2, 0.5)
+        for seed in range(2)
+    ]
+    figure = Probe().draw(pd.DataFrame(rows))
+    left, right = figure.axes
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 10
+    assert names[-1] == "SSAT, lambda_weight=0.5,training_images=100, vit_nano, digits, epoch 300.0"
+    looks = [{line.get_label(): line.get_color() for line in ax.lines} for ax in (left, right)]
+    assert {name: looks[1][name] for name in names} == {name: looks[0][name] for name in names}
+    drawing.save(figure, tmp_path / "figure")  # a warning of matplotlib's that nothing fits is an error here
 
 
 def test_the_summary_has_a_row_per_checkpoint() -> None:
