@@ -1,6 +1,6 @@
 """Means over images with bootstrap intervals, while the images stream past, and paired differences of such means."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,9 @@ NUM_RESAMPLES = 1000
 "Tuned, no source: moves the ends of an interval by a few hundredths of its width."
 
 _SEED = 0x5A7
+
+# Images whose resampling is looked at together.
+_AT_A_TIME = 64
 
 
 def resample_counts(ids: Int[Tensor, " image"], num_resamples: int = NUM_RESAMPLES) -> Float[Tensor, "image resample"]:
@@ -41,7 +44,8 @@ def resample_counts(ids: Int[Tensor, " image"], num_resamples: int = NUM_RESAMPL
 class ImageStatistics:
     """Mean, standard deviation and 95 % bootstrap interval over images of several named quantities, in constant memory.
 
-    Undefined (NaN) values are left out. What it holds grows with the number of resamples and of entries, not of images.
+    Undefined (NaN) values are left out. Values wait until as many images as resamples are there, and then go into sums
+    by resample: what it holds grows with the images up to these sums, of one number per resample and entry.
     """
 
     def __init__(self, num_resamples: int = NUM_RESAMPLES) -> None:
@@ -51,10 +55,12 @@ class ImageStatistics:
             num_resamples: Resamples of the bootstrap.
         """
         self._num_resamples = num_resamples
-        self._means: dict[str, StreamingMean] = {}
-        self._undefined: dict[str, StreamingMean] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._totals: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[slice, torch.Size]] = {}  # of a name among the entries of all
+        self._waiting: list[tuple[list[int], Tensor]] = []
+        self._means = StreamingMean()
+        self._undefined = StreamingMean()
+        self._sums = self._drawn = torch.zeros(num_resamples, 1, dtype=torch.float64)
+        self._missing: dict[str, Tensor] = {}  # images drawn without a value, for names that have such
         self._intervals: dict[str, tuple[Tensor, Tensor]] = {}  # sorting the resamples takes long
 
     def add(
@@ -68,18 +74,43 @@ class ImageStatistics:
             undefined: Of the same shapes: fraction of what each value is a mean of that does not exist. For names
                 without one, 1 where the value is NaN, else 0.
         """
-        counts = _counts(tuple(ids.tolist()), self._num_resamples)
+        if not self._places:
+            end = 0
+            for name, value in values.items():
+                start, end = end, end + value[0].numel()
+                self._places[name] = slice(start, end), value.shape[1:]
+        rows = _flat([values[name] for name in self._places])
+        shares = rows.isnan().double()
+        for name, share in (undefined or {}).items():
+            shares[:, self._places[name][0]] = share.reshape(len(rows), -1).to(shares)
+        self._undefined.add(shares)
+        self._waiting.append((ids.tolist(), rows))
         self._intervals.clear()
-        for name, value in values.items():
-            value = value.detach().to("cpu", torch.float64)
-            is_defined = ~value.isnan()
-            sums = torch.tensordot(counts, value.nan_to_num(nan=0.0), dims=([0], [0]))
-            totals = torch.tensordot(counts, is_defined.double(), dims=([0], [0]))
-            self._means.setdefault(name, StreamingMean()).add(value)
-            share = (undefined or {}).get(name, (~is_defined).double())
-            self._undefined.setdefault(name, StreamingMean()).add(share)
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-            self._totals[name] = self._totals[name] + totals if name in self._totals else totals
+        if sum(len(one) for one, _ in self._waiting) >= self._num_resamples:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take what waits into the sums."""
+        if not self._waiting:
+            return
+        ids = [one for some, _ in self._waiting for one in some]
+        values = torch.cat([rows for _, rows in self._waiting])
+        self._waiting.clear()
+        self._means.add(values)
+        for start in range(0, len(ids), _AT_A_TIME):
+            counts = _counts(tuple(ids[start : start + _AT_A_TIME]), self._num_resamples).double().mT
+            part = values[start : start + _AT_A_TIME]
+            self._sums = self._sums + counts @ part.nan_to_num(nan=0.0)
+            self._drawn = self._drawn + counts.sum(1, keepdim=True)
+            for name, (place, _) in self._places.items():
+                is_missing = part[:, place].isnan()
+                if is_missing.any():
+                    self._missing[name] = self._missing.get(name, 0.0) + counts @ is_missing.double()
+
+    def _of(self, rows: Tensor, name: str) -> Tensor:
+        """What belongs to a name, in the shape of its entries."""
+        place, shape = self._places[name]
+        return rows[..., place].unflatten(-1, shape) if shape else rows[..., place.start]
 
     def mean(self, name: str) -> Float[Tensor, " *entry"]:
         """Mean over the images for which a quantity is defined.
@@ -90,7 +121,8 @@ class ImageStatistics:
         Returns:
             Float64; NaN where it is defined for no image.
         """
-        return self._means[name].mean
+        self._settle()
+        return self._of(self._means.mean, name)
 
     def sd(self, name: str) -> Float[Tensor, " *entry"]:
         """Standard deviation over images.
@@ -101,7 +133,8 @@ class ImageStatistics:
         Returns:
             With n - 1 in the denominator; NaN below two images.
         """
-        return self._means[name].sd
+        self._settle()
+        return self._of(self._means.sd, name)
 
     def count(self, name: str) -> Float[Tensor, " *entry"]:
         """Number of images for which a quantity is defined.
@@ -112,7 +145,8 @@ class ImageStatistics:
         Returns:
             Whole numbers, float64.
         """
-        return self._means[name].count
+        self._settle()
+        return self._of(self._means.count, name)
 
     def replicates(self, name: str) -> Float[Tensor, " resample *entry"]:
         """Means of the bootstrap resamples.
@@ -123,8 +157,10 @@ class ImageStatistics:
         Returns:
             NaN where a resample holds no image, and everywhere below two images.
         """
-        totals = torch.where((self._totals[name] > 0) & (self.count(name) > 1), self._totals[name], torch.nan)
-        return self._sums[name] / totals
+        count, place = self.count(name), self._places[name][0]
+        totals = self._drawn - self._missing.get(name, torch.zeros(place.stop - place.start))
+        means = self._sums[:, place] / totals.where(totals > 0, torch.nan)
+        return means.reshape(-1, *count.shape).where(count > 1, torch.nan)
 
     def interval(self, name: str) -> tuple[Float[Tensor, " *entry"], Float[Tensor, " *entry"]]:
         """95 % bootstrap interval over images of a mean.
@@ -168,7 +204,7 @@ class ImageStatistics:
         """
         low, high = self.interval(name)
         values = {name: self.mean(name), f"{name}_sd": self.sd(name), f"{name}_low": low, f"{name}_high": high}
-        values |= {f"{name}_undefined": self._undefined[name].mean}
+        values |= {f"{name}_undefined": self._of(self._undefined.mean, name)}
         return {key: float(value[entry]) for key, value in values.items()}
 
     def differences(
@@ -191,10 +227,15 @@ class ImageStatistics:
         return result
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)
 def _counts(ids: tuple[int, ...], num_resamples: int) -> Tensor:
-    """As `resample_counts`, once per batch for all blocks and measures."""
-    return resample_counts(torch.tensor(ids, dtype=torch.int64), num_resamples)
+    """As `resample_counts`, once for all blocks and measures; as bytes, since no Poisson number of mean 1 is large."""
+    return resample_counts(torch.tensor(ids, dtype=torch.int64), num_resamples).byte()
+
+
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    """(image, entry): those of all names, side by side."""
+    return torch.cat([value.detach().reshape(len(value), -1).double() for value in values], 1).cpu()
 
 
 def _over_entries(replicates: Tensor) -> Tensor:

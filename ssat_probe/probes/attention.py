@@ -145,47 +145,38 @@ class Probe(Paired):
 
 
 def _rows(seen: "Rows") -> "dict[str, Tensor | Sum]":
-    """Each measure per image, head and query of a chunk."""
+    """Sums over the keys per image, head and query of a chunk."""
     from ssat_probe.measures import attention as measures
     from ssat_probe.observation import Sum
 
-    rows, is_valid = seen.rows, seen.is_valid
-    scores = rows if seen.has_scores else rows.log()
-    found = measures.row_measures(scores, is_valid)
-    num_keys = measures.num_keys(rows, is_valid).expand(found["entropy"].shape)
-    of_scores = measures.kurtosis_of(rows) if seen.has_scores and is_valid is None else found["kurtosis"] * float("nan")
+    sums = measures.row_sums(seen.rows if seen.has_scores else seen.rows.log(), seen.is_valid)
     # Windows have keys of their own, so that neither a map of all queries and keys nor a sum per key is one thing.
-    is_one = 1.0 if seen.num_windows == 1 else float("nan")
-    return {
-        "entropy": found["entropy"],
-        "kurtosis": found["kurtosis"],
-        "skew": found["skew"],
-        "kurtosis_scores": of_scores,
-        "second": found["second"] * is_one,
-        "fourth": found["fourth"],
-        "received": Sum(found["received"] * is_one),
-        "num_keys": num_keys.double(),
-    }
+    received = sums.pop("received").double() * (1.0 if seen.num_windows == 1 else float("nan"))
+    if not seen.has_scores:
+        sums["scores_second"] = sums["scores_second"] * float("nan")
+    num_keys = measures.num_keys(seen.rows, seen.is_valid).expand(sums["total"].shape)
+    return {**sums, "received": Sum(received), "num_keys": num_keys}
 
 
 def _finished(values: "Values") -> "tuple[Values, Values]":
     """Per image and head: means over the queries, and what takes all of them together."""
-    from ssat_probe.measures.attention import kurtosis_of, normalised_entropy, normalised_kurtosis
+    from ssat_probe.measures import attention as measures
     from ssat_probe.measures.statistics import quantiles_of_defined
     from ssat_probe.observation import over_queries
 
-    received, second, fourth = (values[name] for name in ("received", "second", "fourth"))
-    others = ("received", "second", "fourth")
-    of_rows = {name: value for name, value in values.items() if name not in others}
-    of_rows["entropy_normalised"] = normalised_entropy(values["entropy"], values["num_keys"])
-    of_rows["effective_keys"] = values["entropy"].exp()
-    of_rows["kurtosis_normalised"] = normalised_kurtosis(values["kurtosis"], values["num_keys"])
+    received, num_keys = values["received"], values["num_keys"]
+    of_rows = measures.measures_of_sums(values, num_keys)
+    second, fourth = of_rows.pop("second"), of_rows.pop("fourth")
+    of_rows["num_keys"] = num_keys.double()
+    of_rows["entropy_normalised"] = measures.normalised_entropy(of_rows["entropy"], num_keys)
+    of_rows["effective_keys"] = of_rows["entropy"].exp()
+    of_rows["kurtosis_normalised"] = measures.normalised_kurtosis(of_rows["kurtosis"], num_keys)
     means, undefined = over_queries(of_rows)
-    low, median, high = quantiles_of_defined(values["kurtosis"], (0.25, 0.5, 0.75))
-    is_defined = (~values["kurtosis"].isnan()).any(-1)
+    low, median, high = quantiles_of_defined(of_rows["kurtosis"], (0.25, 0.5, 0.75))
+    is_defined = (~of_rows["kurtosis"].isnan()).any(-1) & received.isfinite().all(-1)
     over_map = fourth.mean(-1) / second.mean(-1).where(is_defined, float("nan")).square() - 3
     more = {"kurtosis_median": median, "kurtosis_iqr": high - low, "kurtosis_map": over_map}
-    more |= {"kurtosis_received": kurtosis_of(received / received.sum(-1, keepdim=True))}
+    more |= {"kurtosis_received": measures.kurtosis_of(received / received.sum(-1, keepdim=True))}
     return {**means, **more}, {**undefined, "kurtosis_median": undefined["kurtosis"]}
 
 

@@ -93,3 +93,24 @@ def test_an_interval_is_renewed_when_more_images_come(generator):
     one.add(torch.arange(100, IMAGES), {"x": data[100:]})
     torch.testing.assert_close(one.interval("x"), streamed(data, IMAGES).interval("x"))
     assert not torch.equal(one.interval("x")[0], before[0])
+
+
+def test_many_images_of_several_quantities_are_those_of_the_formula(generator):
+    # More images than resamples, so that the sums by resample are added to again and again.
+    data, single = values("many", generator), values("single", generator)[:, 0]
+    data[torch.rand(IMAGES, HEADS, generator=generator("holes")) < 0.1] = torch.nan
+    share = values("share", generator).abs()
+    one = ImageStatistics(num_resamples=13)
+    for ids in torch.arange(IMAGES).split(5):
+        one.add(ids, {"x": data[ids], "y": single[ids], "z": share[ids]}, {"z": share[ids]})
+    counts = resample_counts(torch.arange(IMAGES), 13).numpy()
+    known = ~np.isnan(data.numpy())
+    expected = counts.T @ np.nan_to_num(data.numpy()) / (counts.T @ known)
+    np.testing.assert_allclose(one.replicates("x"), expected, rtol=1e-12)
+    np.testing.assert_allclose(one.replicates("y"), counts.T @ single.numpy() / counts.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(one.mean("x"), np.nanmean(data, 0), rtol=1e-12)
+    np.testing.assert_allclose(one.sd("x"), np.nanstd(data, 0, ddof=1), rtol=1e-12)
+    assert one.mean("y").shape == one.sd("y").shape == ()
+    assert one.count("x").tolist() == known.sum(0).tolist()
+    assert one.spread("x", 1)["x_undefined"] == pytest.approx(1 - known.mean(0)[1])
+    assert one.spread("z", 1)["z_undefined"] == pytest.approx(share[:, 1].mean().item())
