@@ -178,8 +178,9 @@ def row_measures(
     Returns:
         As `measures_of_sums`, and ``received``, (batch, head, key), the attention that each key receives.
     """
-    sums, count = row_sums(scores, is_valid), num_keys(scores, is_valid)
-    return {**measures_of_sums(sums, count), "received": sums["received"].double()}
+    scores = scores if is_valid is None else scores.masked_fill(~is_valid, -torch.inf)
+    sums = row_sums(scores, is_valid)
+    return {**measures_of_sums(sums, num_keys(scores, is_valid)), "received": sums["received"].double()}
 
 
 def row_sums(
@@ -192,7 +193,7 @@ def row_sums(
     computes in a quarter of the time of those of e.
 
     Args:
-        scores: Attention before softmax.
+        scores: Attention before softmax; -inf at keys that are not valid.
         is_valid: True for keys that the query may attend to; all of them if None.
 
     Returns:
@@ -202,7 +203,6 @@ def row_sums(
         √Σ(s - mean)⁴ and ``scores_largest``, the largest absolute score in octaves, NaN with ``is_valid``.
     """
     scores = _at_least_float32(scores)
-    scores = scores if is_valid is None else scores.masked_fill(~is_valid, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     shifted = (scores - largest).mul_(1 / math.log(2)).clamp_(min=_NO_WEIGHT)  # 0 log 0 = 0
     if is_valid is None:
