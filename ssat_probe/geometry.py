@@ -1,6 +1,7 @@
 """Where the patches of a model lie in its images, and what of an attention operation concerns them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -38,8 +39,15 @@ class Rows:
     "Pixels between neighbouring patches."
     query_places: Tensor
     "(query, 2): centres in pixels, NaN for tokens that are no patches; float64."
-    key_places: Tensor
-    "(#query, key, 2)."
+    window_places: Tensor
+    "(window, key, 2): centres of the keys of each window."
+    windows: Tensor
+    "(query,): window of each query."
+
+    @property
+    def key_places(self) -> Float[Tensor, "#query key 2"]:
+        """Centres of the keys of each query in pixels, NaN for tokens that are no patches; float64."""
+        return self.window_places[self.windows] if self.num_windows > 1 else self.window_places
 
     @property
     def distances(self) -> Float[Tensor, "query key"]:
@@ -89,28 +97,51 @@ def arranged(seen: Attention, queries: Queries = "patch", keys: Keys = "patch") 
     if isinstance(seen.place, str):
         raise ValueError(seen.place)
     layout = lay_out(seen.place, len(seen.rows), seen.num_queries, seen.rows.shape[3])
-    num_windows, chunk = len(layout.query_kinds), slice(seen.first_query, seen.first_query + seen.rows.shape[2])
-    wanted = _run(_wanted(layout.query_kinds, queries)[:, chunk].flatten())
-    num_prefix = int((layout.key_kinds[0] == PREFIX).sum())
-    first_key = num_prefix if keys == "patch" else 0
-    counts = _counts(layout, chunk)[wanted][:, first_key:].to(seen.rows.device)
-    rows = _by_image(seen.rows, num_windows)[:, :, wanted, first_key:]
-    is_valid = None if counts.all() else counts[None, None]
+    chunk = seen.first_query, seen.first_query + seen.rows.shape[2]
+    cut = _cut(layout, queries, keys, chunk, seen.rows.device)
+    first_key, num_windows = layout.num_prefix if keys == "patch" else 0, len(layout.query_kinds)
+    rows = _by_image(seen.rows, num_windows)[:, :, cut.wanted, first_key:]
+    is_valid = cut.is_valid
     if seen.is_valid is not None:
         whole = seen.is_valid.expand(*seen.is_valid.shape[:2], *seen.rows.shape[2:])
-        inner = _by_image(whole, num_windows)[:, :, wanted, first_key:]
+        inner = _by_image(whole, num_windows)[:, :, cut.wanted, first_key:]
         is_valid = inner if is_valid is None else inner & is_valid
     if is_valid is not None:
         rows = rows.masked_fill(~is_valid, -torch.inf if seen.has_scores else 0)
-    key_places = layout.key_places[:, None, first_key:]
-    if num_windows > 1:
-        key_places = key_places.expand(-1, seen.rows.shape[2], -1, -1).flatten(0, 1)[wanted]
     return Rows(
-        seen.block, rows, seen.has_scores, is_valid, num_prefix - first_key,
-        layout.query_regions[:, chunk].flatten()[wanted].to(rows.device), int(layout.query_regions.max()) + 1,
-        num_windows, seen.place.stride,
-        layout.query_places[:, chunk].flatten(0, 1)[wanted].to(rows.device),
-        (key_places if num_windows > 1 else key_places[0]).to(rows.device),
+        seen.block, rows, seen.has_scores, is_valid, layout.num_prefix - first_key, cut.regions,
+        layout.num_regions, num_windows, seen.place.stride, cut.query_places, cut.window_places, cut.windows,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a layout says of some kinds of tokens; the same for all images."""
+
+    wanted: Tensor | slice
+    is_valid: Tensor | None
+    regions: Tensor
+    query_places: Tensor
+    window_places: Tensor
+    windows: Tensor
+
+
+@lru_cache(maxsize=2)  # of an operation, whose chunks of images are alike
+def _cut(layout: Layout, queries: Queries, keys: Keys, chunk: tuple[int, int], device: torch.device) -> _Cut:
+    some, first_key = slice(*chunk), layout.num_prefix if keys == "patch" else 0
+    kinds = layout.query_kinds[:, some]
+    wanted = _run(_wanted(layout.query_kinds, queries)[:, some].flatten())
+    counts = None
+    if layout.num_regions > 1 or (layout.key_kinds == PADDING).any():
+        same = layout.query_regions[:, some, None] == layout.key_regions[:, None]
+        counts = (same & (layout.key_kinds != PADDING)[:, None]).flatten(0, 1)[wanted][:, first_key:]
+        counts = None if counts.all() else counts.to(device)[None, None]
+    return _Cut(
+        wanted, counts,
+        layout.query_regions[:, some].flatten()[wanted].to(device),
+        layout.query_places[:, some].flatten(0, 1)[wanted].to(device),
+        layout.key_places[:, first_key:].to(device),
+        torch.arange(len(kinds)).repeat_interleave(kinds.shape[1])[wanted].to(device),
     )  # fmt: skip
 
 
@@ -126,12 +157,6 @@ def _run(wanted: Tensor) -> Tensor | slice:
     places = wanted.nonzero()[:, 0].tolist()
     is_run = bool(places) and places[-1] - places[0] + 1 == len(places)
     return slice(places[0], places[-1] + 1) if is_run else wanted
-
-
-def _counts(layout: Layout, chunk: slice) -> Tensor:
-    """(window * query, key): whether a key counts for a query."""
-    same = layout.query_regions[:, chunk, None] == layout.key_regions[:, None]
-    return (same & (layout.key_kinds != PADDING)[:, None]).flatten(0, 1)
 
 
 def _by_image(rows: Tensor, num_windows: int) -> Tensor:

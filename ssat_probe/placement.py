@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Place:
     "Laid out already, by numbers of queries and keys: the chunks of an operation share one."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """What every query and key of an operation is."""
 
@@ -52,6 +53,16 @@ class Layout:
     "(window, query): queries of one region share their keys; numbered over all windows."
     key_regions: Tensor
     "(window, key): a query attends to the keys of its own region alone."
+
+    @cached_property
+    def num_prefix(self) -> int:
+        """Keys that are no patches, in front of those that are."""
+        return int((self.key_kinds[0] == PREFIX).sum())
+
+    @cached_property
+    def num_regions(self) -> int:
+        """Of the whole operation."""
+        return int(self.query_regions.max()) + 1
 
 
 def lay_out(place: Place, rows: int, queries: int, keys: int) -> Layout:
