@@ -1,5 +1,6 @@
 """Observation: what the images of one checkpoint give, streamed past it once; which others it compares with."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,9 @@ from ssat_probe.subject import Subject
 
 MOST_WEIGHTS = 2**18
 "Attention weights looked at a time, in chunks of images and queries: a megabyte in float32. Tuned, no source."
+
+MOST_ROWS = 2**14
+"Rows of attention whose values are held until they are averaged, unless an image has more. Tuned, no source."
 
 MOST_MAPS = 2**23
 "Attention weights of all blocks together that are held at a time: 32 megabytes in float32. Tuned, no source."
@@ -81,14 +85,21 @@ def of_attention(
     seen = _nothing(subject, chosen)
     for batch in subject.batches():
         groups: list[list[Mapping[str, Tensor | Sum]]] = []
+        found: list[tuple[Values, Values]] = []
 
-        def reduce(one: capture.Attention, ids: Tensor = batch.ids, groups: list[Any] = groups) -> None:
+        def reduce(
+            one: capture.Attention, ids: Tensor = batch.ids, groups: list[Any] = groups, found: list[Any] = found
+        ) -> None:
             if one.first_query == 0:  # of the next images
                 groups.append([])
             groups[-1].append(rows(one))
-            if one.is_last:
-                seen.statistics[one.block].add(ids, *(finish or over_queries)(_joined(groups)))
+            is_whole = one.first_query + one.rows.shape[2] == one.num_queries
+            if one.is_last or (is_whole and len(groups) * one.num_queries * math.prod(one.rows.shape[:2]) > MOST_ROWS):
+                found.append((finish or over_queries)(_joined(groups)))
                 groups.clear()
+            if one.is_last:
+                seen.statistics[one.block].add(ids, *(_of_all_images(parts) for parts in zip(*found, strict=True)))
+                found.clear()
 
         is_first = seen.num_images == 0
         with (
@@ -197,6 +208,10 @@ def of_features(
 def _nothing(subject: Subject, places: Iterable[Any]) -> Observation:
     statistics = {place: ImageStatistics() for place in places}
     return Observation(statistics, getattr(subject, "fingerprint", ""), getattr(subject, "setting", ""))
+
+
+def _of_all_images(parts: Sequence[Values]) -> Values:
+    return parts[0] if len(parts) == 1 else {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
 
 
 def _joined(groups: Sequence[Sequence[Mapping[str, Tensor | Sum]]]) -> Values:

@@ -94,6 +94,7 @@ class AttentionWatch(TorchFunctionMode):
         self._is_checked = is_checked
         self._most_weights = most_weights
         self._softmax: tuple[Attention, Tensor] | None = None  # waits for its product with the values
+        self._masked_below = -math.inf
         self._watchers: dict[Callable[..., Any], Callable[..., None]] = {
             F.scaled_dot_product_attention: self._see_fused,
             F.multi_head_attention_forward: self._see_module,
@@ -123,9 +124,18 @@ class AttentionWatch(TorchFunctionMode):
         """A whole operation, in chunks."""
         self.counts[seen.block] += 1
         self._errors.setdefault(seen.block, math.nan)
+        for part, windows, queries in self._parts(seen):
+            self._reduce_finite(part, seen.rows.shape, windows, queries)
+
+    def _parts(self, seen: Attention) -> Iterator[tuple[Attention, slice, slice]]:
+        """Chunks of an operation, each with the keys that are masked in it."""
         seen = replace(seen, num_queries=seen.rows.shape[2])
         for windows, queries in self._chunks(seen.block, seen.rows.shape):
-            self._reduce_finite(seen.part(queries, slice(None), windows), seen.rows.shape, windows, queries)
+            part = seen.part(queries, slice(None), windows)
+            if seen.kind == "plain":
+                is_masked = part.rows <= self._masked_below
+                part = replace(part, is_valid=~is_masked) if is_masked.any() else part
+            yield part, windows, queries
 
     def _reduce_finite(self, seen: Attention, shape: Sequence[int], windows: slice, queries: slice) -> None:
         if seen.has_scores and not seen.rows.amax() < torch.inf:
@@ -197,9 +207,9 @@ class AttentionWatch(TorchFunctionMode):
     ) -> None:
         if input.ndim != 4 or dim not in (-1, 3):
             return
-        is_valid = ~(input <= torch.finfo(input.dtype).min / 2)  # masked by -inf or the most negative number
+        self._masked_below = torch.finfo(input.dtype).min / 2  # masked by -inf or the most negative number
         caller = self.callers[-1].removesuffix(".softmax")
-        seen = Attention(block, caller, _wide(input), True, None if is_valid.all() else is_valid)
+        seen = Attention(block, caller, _wide(input), True, None)
         if self._is_checked:
             self._softmax = (seen, result)
         self._hand_over(seen)
@@ -211,7 +221,8 @@ class AttentionWatch(TorchFunctionMode):
         seen, weights = self._softmax
         if input.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr() and input.shape == weights.shape:
             self._softmax = None
-            self._check(seen, other, result)
+            for part, windows, queries in self._parts(seen):
+                self._check(part, other[windows], result[windows, :, queries])
 
     def _see_module(self, block: int, result: Tensor, *args: Any, **kwargs: Any) -> None:
         """``nn.MultiheadAttention``: the same call once more, now with the weights of every head."""
