@@ -616,3 +616,21 @@ def test_a_hook_of_others_that_fails_does_not_confuse_who_is_running():
     model.blocks[1].attn = Tolerant()
     seen, _ = captured(model.eval(), x)
     assert [one.name for one in seen] == ["blocks.0.attn", "blocks.1.attn.attn", "blocks.2.attn"]
+
+
+@pytest.mark.parametrize("most_weights", [0, HEADS * (PATCHES + 1) ** 2, 1])
+def test_masks_of_unfused_attention_are_seen_chunk_by_chunk(most_weights: int):
+    model, x = make(), images()
+    mask = torch.zeros(PATCHES + 1, PATCHES + 1)
+    mask[2:, 3] = -torch.inf
+    mask[4, 1] = torch.finfo(torch.float32).min
+    for block in model.blocks:
+        block.attn = AttentionByHand(block.attn, lambda s: (s + mask).softmax(-1))
+    seen, errors = captured(model, x, most_weights=most_weights)
+    assert max(errors.values()) < 1e-5
+    for block in range(DEPTH):
+        chunks = [one for one in seen if one.block == block]
+        for one in chunks:
+            expected = mask[one.first_query : one.first_query + one.rows.shape[2]] == 0
+            assert expected.all() if one.is_valid is None else (one.is_valid == expected).all()
+        assert sum(one.rows.numel() for one in chunks) == IMAGES * HEADS * (PATCHES + 1) ** 2

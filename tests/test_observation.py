@@ -23,13 +23,14 @@ def finish(values: observation.Values) -> tuple[observation.Values, observation.
     return {"largest": values["largest"].mean(-1), "most": values["received"].amax(-1)}, {}
 
 
-@pytest.mark.parametrize("most_weights", [1, 400, 10**9])
+@pytest.mark.parametrize(("most_weights", "most_rows"), [(1, 1), (400, 100), (10**9, 1), (10**9, 10**9)])
 def test_chunks_and_batches_do_not_enter(
-    checkpoints: Paths, monkeypatch: pytest.MonkeyPatch, most_weights: int
+    checkpoints: Paths, monkeypatch: pytest.MonkeyPatch, most_weights: int, most_rows: int
 ) -> None:
     subject = Subject.of(checkpoints["ssat"], SAMPLE)
     expected = observation.of_attention(subject, rows, finish)
     monkeypatch.setattr(observation, "MOST_WEIGHTS", most_weights)
+    monkeypatch.setattr(observation, "MOST_ROWS", most_rows)
     found = observation.of_attention(replace(subject, sample=replace(SAMPLE, batch_size=4)), rows, finish)
     assert found.num_images == 13
     for block, one in found.statistics.items():

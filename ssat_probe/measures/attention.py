@@ -356,7 +356,7 @@ def renormalised(
 
 
 def _kurtosis(second: Tensor, fourth: Tensor, largest: Tensor, count: Tensor | int) -> Tensor:
-    """From Σ(x - mean)², √Σ(x - mean)⁴ and the largest absolute number, before any shift, of rows of so many numbers."""
+    """From Σ(x - mean)², √Σ(x - mean)⁴ and the largest absolute number, before any shift, of so many numbers."""
     rounding = _DEGENERATE_ROUNDINGS * torch.finfo(second.dtype).eps
     variance = second.double() / count
     variance = variance.where(variance.sqrt() > rounding * largest, torch.nan)
