@@ -245,14 +245,13 @@ def measures_of_sums(
     third = sums["third"].double() * unit**3 / count
     fourth = (sums["fourth"].double() * unit.square()).square() / count
     defined = second.where(second.sqrt() > rounding, torch.nan)
-    of_scores = [sums[f"scores_{name}"] for name in ("second", "fourth", "largest")]
     return {
         "entropy": (total.log2() - sums["expected"].double() / total).clamp(min=0) * math.log(2),
         "kurtosis": fourth / defined.square() - 3,
         "skew": third / defined**1.5,
         "second": second,
         "fourth": fourth,
-        "kurtosis_scores": _kurtosis(*of_scores, count),
+        "kurtosis_scores": _kurtosis(sums["scores_second"], sums["scores_fourth"], sums["scores_largest"], count),
     }
 
 
