@@ -22,7 +22,7 @@ from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.epoch import evaluate as evaluate
 from ssat_probe.epoch import finish_epoch, has_lost_patience
-from ssat_probe.execution import Execution, prepare
+from ssat_probe.execution import Execution, keeping_memory, prepare
 from ssat_probe.images import Dataset, Facts, Images, split
 from ssat_probe.initial import begin_from
 from ssat_probe.kernel import Attention
@@ -53,6 +53,7 @@ Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
 
 
+@keeping_memory()
 def train(
     recipe: Recipe,
     out: Path | str = "checkpoints",

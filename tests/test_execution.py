@@ -1,5 +1,7 @@
 """Ways to carry out a training: the same weights as the plain way, bit for bit or but for rounding."""
 
+import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssat_probe.checkpoint import Checkpoint
-from ssat_probe.execution import Execution, blocks_of, prepare, recomputing, reproducible
+from ssat_probe.execution import Execution, blocks_of, keeping_memory, prepare, recomputing, reproducible
 from ssat_probe.network import build_encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import train
@@ -79,6 +81,24 @@ def test_deterministic_holds_within_and_not_after() -> None:
     with pytest.raises(KeyError), reproducible(True):
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_memory_is_kept_within_and_given_back_after() -> None:
+    resource = pytest.importorskip("resource")
+
+    def pages_taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(3):
+            torch.zeros(2**24)  # 64 MiB: more than glibc ever keeps by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    once = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert pages_taken() > 2.5 * once
+    with keeping_memory():
+        pages_taken()
+        assert pages_taken() < 0.1 * once
+    assert pages_taken() > 2.5 * once
 
 
 @pytest.mark.slow
