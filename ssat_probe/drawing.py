@@ -3,6 +3,7 @@
 import io
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def legend_below(figure: Figure, note: str = "") -> None:
 
     Args:
         figure: Its height grows by what the legend needs, so that the panels keep theirs.
-        note: One line above the entries, such as what the bands are.
+        note: Above the entries, such as what the bands are; in as many lines as it needs.
     """
     entries: dict[str, Any] = {}
     for ax in figure.axes:
@@ -242,7 +243,8 @@ def legend_below(figure: Figure, note: str = "") -> None:
     width, height = figure.get_size_inches()
     columns = max(1, min(len(entries), int(width / (0.5 + 0.062 * max(map(len, entries))))))
     rows = -(-len(entries) // columns)
-    figure.set_size_inches(width, height + 0.145 * rows + (0.16 if note else 0.0))
+    note = textwrap.fill(note, int(18 * width))  # letters of 6.5 points
+    figure.set_size_inches(width, height + 0.145 * rows + (0.16 + 0.1 * note.count("\n") if note else 0.0))
     title = {"title": note, "title_fontproperties": {"size": 6.5}} if note else {}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, **title)
 

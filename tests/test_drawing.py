@@ -238,6 +238,19 @@ def test_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path)
         drawing.save(drawn(table(["ssat"], [0]))[0], tmp_path / "file" / "figure")
 
 
+@pytest.mark.parametrize("width", [drawing.COLUMN_WIDTH, drawing.PAGE_WIDTH])
+def test_a_long_note_stays_within_the_figure(width: float) -> None:
+    with drawing.style():
+        figure, (ax,) = drawing.panels(width=width)
+        ax.plot([0, 1], label="line")
+        drawing.legend_below(
+            figure, "mean over seeds with its 95 % t interval; a level line does not depend on the axis"
+        )
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_title().get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_dots_are_the_checkpoints_and_the_bar_their_t_interval() -> None:
     values = {"scratch": (1.0, 2.0, 4.0), "ssat": (3.0,)}
     rows = [
