@@ -165,9 +165,7 @@ def num_prefix_tokens(model: nn.Module, stage: int = 0) -> int:
                 f"{type(model).__name__} with {count!r}. Set it on the model."
             )
         count = int(has_class_token(model))
-    if count and _has_blocks(model) and any(not block.has_patches for block in find_blocks(model)):
-        return 0
-    return count
+    return 0 if count and any(not block.has_patches for block in _blocks_if_any(model)) else count
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -212,16 +210,14 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((children[name] for name in names if children.get(name) is not None), None)
 
 
-def _has_blocks(model: nn.Module) -> bool:
+def _blocks_if_any(model: nn.Module) -> list[Block]:
     try:
-        return bool(find_blocks(model))
+        return find_blocks(model)
     except ValueError:
-        return False
+        return []
 
 
 def _is_hierarchical(model: nn.Module) -> bool:
     """Whether the model has windows or several stages, in which no token precedes the patches."""
-    if not _has_blocks(model):
-        return False
-    found = find_blocks(model)
-    return found[-1].stage > 0 or hasattr(found[0].module, "window_size")
+    found = _blocks_if_any(model)
+    return bool(found) and (found[-1].stage > 0 or hasattr(found[0].module, "window_size"))

@@ -58,7 +58,8 @@ class ImageStatistics:
         self._places: dict[str, tuple[slice, torch.Size]] = {}  # of a name among the entries of all
         self._waiting: list[tuple[list[int], Tensor]] = []
         self._means = StreamingMean()
-        self._undefined = StreamingMean()
+        self._num_images = 0
+        self._undefined = torch.zeros(1, dtype=torch.float64)  # sums over images
         self._sums = self._drawn = torch.zeros(num_resamples, 1, dtype=torch.float64)
         self._missing: dict[str, Tensor] = {}  # images drawn without a value, for names that have such
         self._intervals: dict[str, tuple[Tensor, Tensor]] = {}  # sorting the resamples takes long
@@ -80,10 +81,11 @@ class ImageStatistics:
                 start, end = end, end + value[0].numel()
                 self._places[name] = slice(start, end), value.shape[1:]
         rows = _flat([values[name] for name in self._places])
-        shares = rows.isnan().double()
+        shares = rows.isnan().sum(0).double()
         for name, share in (undefined or {}).items():
-            shares[:, self._places[name][0]] = share.reshape(len(rows), -1).to(shares)
-        self._undefined.add(shares)
+            shares[self._places[name][0]] = share.sum(0).flatten().to(shares)
+        self._undefined = self._undefined + shares
+        self._num_images += len(rows)
         self._waiting.append((ids.tolist(), rows))
         self._intervals.clear()
         if sum(len(one) for one, _ in self._waiting) >= self._num_resamples:
@@ -204,7 +206,7 @@ class ImageStatistics:
         """
         low, high = self.interval(name)
         values = {name: self.mean(name), f"{name}_sd": self.sd(name), f"{name}_low": low, f"{name}_high": high}
-        values |= {f"{name}_undefined": self._of(self._undefined.mean, name)}
+        values |= {f"{name}_undefined": self._of(self._undefined / self._num_images, name)}
         return {key: float(value[entry]) for key, value in values.items()}
 
     def differences(
