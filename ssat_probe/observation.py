@@ -18,8 +18,8 @@ MOST_WEIGHTS = 2**18
 MOST_ROWS = 2**14
 "Rows of attention whose values are held until they are averaged, unless an image has more. Tuned, no source."
 
-MOST_MAPS = 2**23
-"Attention weights of all blocks together that are held at a time: 32 megabytes in float32. Tuned, no source."
+MOST_MAPS = 2**22
+"Attention weights of all blocks together that are held at a time: 16 megabytes in float32. Tuned, no source."
 
 Values = Mapping[str, Tensor]
 

@@ -95,12 +95,6 @@ class AttentionWatch(TorchFunctionMode):
         self._most_weights = most_weights
         self._softmax: tuple[Attention, Tensor] | None = None  # waits for its product with the values
         self._masked_below = -math.inf
-        self._watchers: dict[Callable[..., Any], Callable[..., None]] = {
-            F.scaled_dot_product_attention: self._see_fused,
-            F.multi_head_attention_forward: self._see_module,
-            **dict.fromkeys(_SOFTMAX, self._see_softmax),
-            **dict.fromkeys(_MATMUL, self._see_product),
-        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -108,12 +102,12 @@ class AttentionWatch(TorchFunctionMode):
         """Run the function, then look at it if a watched block called it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        watch = self._watchers.get(func)
+        watch = _WATCHERS.get(func)
         block = self._block() if watch else None
         if watch is not None and block is not None:
             output = result[0] if isinstance(result, tuple) else result
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                watch(block, output, *args, **kwargs)
+                watch(self, block, output, *args, **kwargs)
         return result
 
     def _block(self) -> int | None:
@@ -257,6 +251,15 @@ class AttentionWatch(TorchFunctionMode):
                 f"got a difference of {error:.2g}. This attention is not what was captured; do not trust its measures."
             )
         self._errors[seen.block] = max(error, self._errors.get(seen.block, 0.0))
+
+
+# Not in the instance: methods bound there would keep it, and what it hands over, alive until garbage is collected.
+_WATCHERS: dict[Callable[..., Any], Callable[..., None]] = {
+    F.scaled_dot_product_attention: AttentionWatch._see_fused,
+    F.multi_head_attention_forward: AttentionWatch._see_module,
+    **dict.fromkeys(_SOFTMAX, AttentionWatch._see_softmax),
+    **dict.fromkeys(_MATMUL, AttentionWatch._see_product),
+}
 
 
 def _allowed(weights: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:

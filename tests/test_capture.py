@@ -1,5 +1,7 @@
 import contextlib
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -634,3 +636,21 @@ def test_masks_of_unfused_attention_are_seen_chunk_by_chunk(most_weights: int):
             expected = mask[one.first_query : one.first_query + one.rows.shape[2]] == 0
             assert expected.all() if one.is_valid is None else (one.is_valid == expected).all()
         assert sum(one.rows.numel() for one in chunks) == IMAGES * HEADS * (PATCHES + 1) ** 2
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_what_reduce_holds_is_freed_with_it_without_waiting_for_garbage_collection(is_fused: bool):
+    class Holder(list):  # a plain list has no weak references
+        pass
+
+    model, x, holder = make(is_fused=is_fused), images(), Holder()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), capture.attention(model, holder.append):
+            model(x)
+        alive = weakref.ref(holder)
+        del holder
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -1,6 +1,6 @@
 """How much blocks repeat each other: similarity of the attention maps of every two of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from torch import Tensor
 
     from ssat_probe.drawing import Series
     from ssat_probe.geometry import Rows
@@ -27,6 +28,9 @@ _MEASURES = (
     Column("correlation_mean", "", "the same between attention averaged over the heads; undefined likewise"),
 )  # fmt: skip
 _PAIRED = ("cosine", "correlation")
+
+# Weights of all blocks that are compared at a time: a megabyte in float64. Tuned, no source.
+_MOST_WEIGHTS = 2**17
 
 # Matrices are drawn for so many lines; more would not be legible.
 _MOST_MATRICES = 3
@@ -123,24 +127,9 @@ class Probe(Paired):
 
 def _pairs(maps: "Mapping[int, Rows]") -> "dict[tuple[int, int], Values]":
     """Each measure per image, by pair of blocks (earlier, later) whose rows lie over the same keys."""
-    import torch
-
-    from ssat_probe.measures.heads import log_weights
-    from ssat_probe.measures.repetition import correlation_of_maps, cosine_of_maps
-
     found: dict[tuple[int, int], Values] = {}
     for group in _alike(maps):
-        logs = torch.stack([log_weights(maps[block].rows, are_scores=maps[block].has_scores) for block in group])
-        weights = logs.exp()
-        values = {}
-        for end, each in (("", weights), ("_mean", weights.mean(2, keepdim=True))):
-            values[f"cosine{end}"] = cosine_of_maps(each)
-            counted = [
-                row if valid is None else row.masked_fill(~valid, torch.nan)
-                for row, valid in zip(each, (maps[block].is_valid for block in group), strict=True)
-            ]
-            values[f"correlation{end}"] = correlation_of_maps(torch.stack(counted))
-        means = {name: value.flatten(3).nanmean(-1) for name, value in values.items()}
+        means = _of_group([maps[block] for block in group]) if len(group) > 1 else {}
         for j, later in enumerate(group):
             for i, earlier in enumerate(group[:j]):
                 found[earlier, later] = {name: value[:, i, j] for name, value in means.items()}
@@ -152,6 +141,40 @@ def _pairs(maps: "Mapping[int, Rows]") -> "dict[tuple[int, int], Values]":
     return {place: found[place] for place in sorted(found, key=lambda place: place[::-1])}
 
 
+def _of_group(blocks: "Sequence[Rows]") -> "Values":
+    """Each measure per image, block and block: means over heads and queries, some queries at a time."""
+    shape = blocks[0].rows.shape
+    size = max(1, _MOST_WEIGHTS * shape[2] // (len(blocks) * blocks[0].rows.numel()))
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    for start in range(0, shape[2], size):
+        for name, value in _of_queries(blocks, slice(start, start + size)).items():
+            sums[name] = value.flatten(3).nansum(-1) + sums.get(name, 0)
+            counts[name] = (~value.isnan()).flatten(3).sum(-1) + counts.get(name, 0)
+    return {name: value / counts[name] for name, value in sums.items()}
+
+
+def _of_queries(blocks: "Sequence[Rows]", queries: slice) -> "Values":
+    """(image, block, block, head, query) of each measure."""
+    import torch
+
+    from ssat_probe.measures.attention import renormalised, weights_from_scores
+    from ssat_probe.measures.repetition import correlation_of_maps, cosine_of_maps
+
+    weights = torch.stack(
+        [(weights_from_scores if one.has_scores else renormalised)(one.rows[:, :, queries]) for one in blocks]
+    )
+    is_valid = blocks[0].is_valid  # the same for all, where they lie in the same windows
+    if is_valid is not None:
+        is_valid = is_valid.expand(*is_valid.shape[:2], *blocks[0].rows.shape[2:])[:, :, queries]
+    values = {}
+    for end, each in (("", weights), ("_mean", weights.mean(2, keepdim=True))):
+        values[f"cosine{end}"] = cosine_of_maps(each)
+        counted = each if is_valid is None else each.masked_fill(~is_valid, torch.nan)
+        values[f"correlation{end}"] = correlation_of_maps(counted)
+    return values
+
+
 def _alike(maps: "Mapping[int, Rows]") -> list[list[int]]:
     """Blocks with as many heads whose queries and keys lie at the same places, in the same windows."""
     import torch
@@ -160,8 +183,9 @@ def _alike(maps: "Mapping[int, Rows]") -> list[list[int]]:
     for block, one in maps.items():
         for group in groups:
             first = maps[group[0]]
-            places = ((first.query_places, one.query_places), (first.key_places, one.key_places))
-            if first.rows.shape == one.rows.shape and all(torch.equal(a, b) for a, b in places):
+            names = ("query_places", "window_places", "windows")
+            is_same = all(torch.equal(getattr(first, name), getattr(one, name)) for name in names)
+            if first.rows.shape == one.rows.shape and is_same:
                 group.append(block)
                 break
         else:
