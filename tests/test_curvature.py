@@ -9,8 +9,8 @@ from timm.optim import param_groups_weight_decay
 
 from ssat_probe.curvature import SizedBatches, constant, in_float64, l2_term, operators
 from ssat_probe.measures.certificate import certify
+from ssat_probe.measures.dense import dense
 from ssat_probe.measures.exact import assembled
-from ssat_probe.measures.hessian import dense
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
 

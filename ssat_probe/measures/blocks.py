@@ -58,6 +58,7 @@ class BlockOperator(HessianOperator):
             batches: As for `HessianOperator`.
         """
         super().__init__({name: one for block in blocks.values() for name, one in block.items()}, loss, batches)
+        self._together = []  # a block's product passes through the blocks behind it, whose parameters it is not for
         self.blocks = {label: list(block) for label, block in blocks.items()}
         self.num_graphs = 0
         "Forward and first backward passes over a batch so far, for block products."

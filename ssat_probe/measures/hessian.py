@@ -1,4 +1,4 @@
-"""Hessian of a mean loss as an operator: exact products by double backward, loss, gradient; dense for small models.
+"""Hessian of a mean loss as an operator: exact products by double backward, loss and gradient.
 
 The only recipe used is gradient of gradient. `torch.func.hessian`, `jvp(jacrev(f))` and `grad(jvp(f))` are silently
 wrong through layer normalisation (a test keeps watch over which of them still are).
@@ -16,12 +16,12 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ssat_probe.measures.closed_forms import ClosedForms
 from ssat_probe.measures.isolation import undisturbed
 from ssat_probe.measures.processes import gathered, summed
 
 CHUNK = 64  # vectors of one batched product; tuned on a 3,000-parameter ViT, no source
 SMALL = 2**20  # entries up to which one copy of everything takes less time than a call per tensor, on a CPU
-DENSE_BYTES = 2 * 2**30  # largest dense Hessian that is assembled without being asked
 _NOT_TWICE = ("not implemented", "derivative for", "double backward", "differentiate twice", "backward of backward")
 
 
@@ -41,8 +41,9 @@ class HessianOperator:
     Batches weigh as many times as they hold images, so that micro-batch size and a ragged last batch change nothing.
     Products run in the dtype of the model; vectors and sums over batches are float64. Parameters that are frozen
     (``requires_grad`` false) or that the loss does not use give rows and columns of zeros. Attention is put on the
-    math kernel during the forward pass, because fused attention has no second derivative. Nothing of the model is
-    changed: no ``.grad``, no mode, no random state.
+    math kernel during the forward pass, because fused attention has no second derivative, and what `ClosedForms` covers
+    is differentiated by hand the second time; `evaluate` does without. Nothing of the model is changed: no ``.grad``,
+    no mode, no random state.
 
     Inside a ``with`` block the graph of a first backward pass is kept between products (about 1.6 times faster): where
     there is one batch only, or for every batch if `keeps` says so. It is released at the end of the block. Otherwise
@@ -96,6 +97,8 @@ class HessianOperator:
         self.keeps: bool | None = None
         "Whether graphs are kept in a ``with`` block; None means that of a single batch."
         self.is_sharded = is_sharded
+        self._together = list(self.parameters.values())
+        "Parameters that every product is for."
         self._is_open = False
         self._kept: list[tuple[list[Tensor | None], int]] = []
         ends = np.cumsum([0, *(parameter.numel() for parameter in parameters.values())])
@@ -279,7 +282,10 @@ class HessianOperator:
             return
         kept = []
         for batch, num, is_only in self._sized():
-            gradients = self._differentiate([self._forward(batch)], None, create_graph=True)
+            with ClosedForms(self._together):
+                loss = self._forward(batch)
+            gradients = self._differentiate([loss], None, create_graph=True)
+            del loss
             is_kept = self._is_open and (is_only if self.keeps is None else self.keeps)
             if is_kept:
                 kept.append((gradients, num))
@@ -375,35 +381,3 @@ class HessianOperator:
                 ) from error
             raise
         return [next(blocks) if parameter.requires_grad else None for parameter in wanted]
-
-
-def dense(
-    operator: HessianOperator, *, chunk: int = CHUNK, max_bytes: int = DENSE_BYTES
-) -> Float64[Tensor, "parameter parameter"]:
-    """Whole Hessian by products with unit vectors; an oracle, and the exact spectrum of small models.
-
-    Args:
-        operator: Whose Hessian.
-        chunk: Vectors per batched product; more is faster and needs more memory.
-        max_bytes: Refuse to allocate more than this.
-
-    Returns:
-        Row i is the product with unit vector i; symmetric up to rounding in the dtype of the model, not symmetrised.
-
-    Raises:
-        ValueError: If the matrix would take more than ``max_bytes``.
-    """
-    size = operator.size
-    if 8 * size**2 > max_bytes:
-        raise ValueError(
-            f"A dense Hessian must fit into {max_bytes / 2**30:.3g} GiB, got {size} parameters that need "
-            f"{8 * size**2 / 2**30:.3g} GiB. At most {int((max_bytes / 8) ** 0.5)} parameters fit: select fewer."
-        )
-    matrix = torch.zeros(size, size, dtype=torch.float64, device=operator.device)
-    with operator:
-        for start in range(0, size, chunk):
-            stop = min(start + chunk, size)
-            units = torch.zeros(stop - start, size, dtype=torch.float64, device=operator.device)
-            units.diagonal(start).fill_(1)
-            matrix[start:stop] = operator.products(units)
-    return matrix

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssat_probe.measures.batches import average_positive, batch_ends, negative_proportion, signed_power
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.dense import dense
+from ssat_probe.measures.hessian import HessianOperator
 
 
 @pytest.fixture

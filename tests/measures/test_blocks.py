@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from ssat_probe.measures.blocks import BlockOperator, block_runs, grouped
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.dense import dense
+from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import lanczos
 
 

@@ -10,8 +10,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssat_probe.measures import exact
+from ssat_probe.measures.dense import dense
 from ssat_probe.measures.exact import CHUNKS, assembled, cost, exact_spectrum
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.hessian import HessianOperator
 
 
 def quadratic(matrix: torch.Tensor, **names: slice) -> HessianOperator:

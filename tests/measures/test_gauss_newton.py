@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssat_probe.measures.certificate import certify
+from ssat_probe.measures.dense import dense
 from ssat_probe.measures.gauss_newton import cross_entropy_output, gauss_newton, squared_error_output
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.hessian import HessianOperator
 
 
 @pytest.fixture(scope="module")

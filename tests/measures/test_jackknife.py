@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.dense import dense
+from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.jackknife import QUANTITIES, data_errors, standard_error
 from ssat_probe.measures.lanczos import lanczos
 

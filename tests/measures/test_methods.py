@@ -12,8 +12,9 @@ from torch import nn
 from ssat_probe.measures import methods
 from ssat_probe.measures.basis import DiskBasis, MemoryBasis
 from ssat_probe.measures.certificate import certify
+from ssat_probe.measures.dense import dense
 from ssat_probe.measures.directions import eigenvectors
-from ssat_probe.measures.hessian import Evaluation, HessianOperator, dense
+from ssat_probe.measures.hessian import Evaluation, HessianOperator
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.dense import dense
+from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.peers import pyhessian
 
 

@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ssat_probe import probe as runner
 from ssat_probe.curvature import room_for
 from ssat_probe.measures import methods
-from ssat_probe.measures.hessian import HessianOperator, dense
+from ssat_probe.measures.dense import dense
+from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.jackknife import standard_error
 from ssat_probe.measures.lanczos import LanczosRun, lanczos, ritz
 from ssat_probe.measures.quadrature import Estimate, spectrum_mass

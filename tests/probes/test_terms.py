@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssat_probe.curvature import in_float64, operators, shared_parameters
-from ssat_probe.measures.hessian import dense
+from ssat_probe.measures.dense import dense
 from ssat_probe.probes import terms
 from ssat_probe.sample import Sample
 from ssat_probe.subject import Subject
