@@ -122,7 +122,7 @@ def train(
         warnings.warn(
             "select_on test keeps the epoch that is best on the test images, so their accuracy is too good to report "
             "but beside numbers found in the same way, such as the paper's.",
-            stacklevel=2,
+            stacklevel=3,  # of whoever calls: between is what keeps memory
         )
     run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution, supply)
     state, saved = load_state(run) if resume else (State(), None)
@@ -342,11 +342,12 @@ def _is_finite_everywhere(run: Run, loss: float) -> bool:
 
 
 def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:
+    step = f"stage {stage}, epoch {state.epoch + 1}, step {state.step + 1}"
     ids = loaded[2].tolist()
-    found = "one in another process that is not" if np.isfinite(loss) else loss
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    said = f"The loss must be finite, got {loss} in {step} (training images {shown})"
+    if np.isfinite(loss):
+        said = f"The loss must be finite, got nan or infinity in another process in {step}"
     return (
-        f"The loss must be finite, got {found} in stage {stage}, epoch {state.epoch + 1}, step {state.step + 1} "
-        f"(training images {shown}); the last saved state in {run.folder} is intact: lower base_lr, set clip_grad, "
-        "or use precision fp32."
+        f"{said}; the last saved state in {run.folder} is intact: lower base_lr, set clip_grad, or use precision fp32."
     )

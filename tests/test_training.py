@@ -282,6 +282,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images_and_the_st
     assert "\n" not in str(caught.value)
 
 
+def test_a_process_that_is_well_says_that_another_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(training, "_is_finite_everywhere", lambda run, loss: False)
+    said = r"^The loss must be finite, got nan or infinity in another process in stage train, "
+    with pytest.raises(FloatingPointError, match=said + r"epoch 1, step 1; the last saved state in .* is intact"):
+        train(tiny("scratch"), tmp_path, device="cpu")
+
+
 def test_a_long_batch_is_named_by_its_first_images(tmp_path: Path) -> None:
     recipe = tiny(
         "scratch", base_lr=1e30, lr_rule="none", warmup_epochs=0, schedule="constant", batch_size=23, epochs=9
