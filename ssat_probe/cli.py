@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,9 @@ Flat = Parameter(name="*")
 
 LOST_PEER = re.compile("(closed|reset) by peer|Broken pipe|remote process exited")
 "What gloo and NCCL say in a process when another one has gone."
+
+WORDS: ContextVar[Sequence[str]] = ContextVar("words", default=())
+"Of the command line that is being carried out, without those of a YAML file."
 
 app = App(
     name="ssat-probe",
@@ -68,18 +72,12 @@ def train(
         gradients_every: Log the cosine between the gradients of classification and task every so many steps of ssat.
         pictures_every: Draw what the decoder makes of the same eight images in every so many epochs.
         plan: Print the budget and stop.
-
-    Raises:
-        ValueError: If an option was given that has no effect.
     """
     from ssat_probe import training
     from ssat_probe.data import refuse_idle_options
-    from ssat_probe.effect import without_effect
+    from ssat_probe.effect import refuse_idle
 
-    for option, why in without_effect(recipe).items():
-        raise ValueError(
-            f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
-        )
+    refuse_idle(recipe, WORDS.get())
     refuse_idle_options(recipe.data, data_dir, download)
     with terminal.hushed(int(os.environ.get("RANK", "0")) > 0):  # as torchrun and accelerate launch number processes
         resolved, budget = training.plan(recipe, data_dir, download)
@@ -142,7 +140,7 @@ def reproduce(
     if plan:
         return
     out = out or Path("figures") / chosen.name
-    with terminal.progress() as progress:
+    with terminal.progress() as progress, terminal.warnings_said():
         comparison, claims = analyses.run(
             chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
@@ -331,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         app.config = _config(words)
+        WORDS.set(tuple(words))
         app(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         terminal.fail(str(error))

@@ -1,16 +1,36 @@
 """Effect: which options of a recipe change nothing in the configuration they were given for."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 
 from ssat_probe import registry
 from ssat_probe.recipe import Recipe
 
 
-def without_effect(recipe: Recipe) -> dict[str, str]:
+def refuse_idle(recipe: Recipe, words: Sequence[str]) -> None:
+    """Refuse options of the command line that change nothing in this configuration.
+
+    Args:
+        recipe: As the user gave it, not resolved.
+        words: Of the command line. An option that stands there counts though its value be the default; one in a YAML
+            file does not, which may be a whole recipe.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    typed = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    for option, why in without_effect(recipe, typed).items():
+        raise ValueError(
+            f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
+        )
+
+
+def without_effect(recipe: Recipe, typed: Collection[str] = ()) -> dict[str, str]:
     """Options that were given and change nothing in this configuration.
 
     Args:
         recipe: As the user gave it, not resolved: what is not the default was given.
+        typed: Options that were given even where they are at their default.
 
     Returns:
         Why each of them has no effect, by its name.
@@ -52,9 +72,10 @@ def without_effect(recipe: Recipe) -> dict[str, str]:
         reasons["masked_convolutions"] = f"model {recipe.model} has no convolutions but its patch embedding"
     if recipe.subset is None:
         reasons["subset_seed"] = "all images are used"
-    if recipe.select_on == "test" and recipe.select == "best":
+    if recipe.select_on == "test":
         reasons["select"] = "select_on test says it"
     if recipe.method == "ssl_ft" and recipe.pretrain_epochs is not None:
         reasons["budget"] = "pretrain_epochs says it"
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    return {name: why for name, why in reasons.items() if why and getattr(recipe, name) != defaults[name]}
+    given = {name for name, default in defaults.items() if getattr(recipe, name) != default or name in typed}
+    return {name: why for name, why in reasons.items() if why and name in given}

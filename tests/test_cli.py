@@ -67,6 +67,11 @@ def test_an_embedded_set_takes_no_folder(refused: Run, option: tuple[str, ...]) 
     assert said == f"{option[0]} must have an effect, got one that has none: data digits is embedded; leave it out."
 
 
+def test_an_option_that_is_typed_has_an_effect_even_at_its_default(refused: Run) -> None:
+    said = refused("train", *SMALL, "--method", "scratch", "--lambda-weight", "0.1")
+    assert said.startswith("--lambda-weight must have an effect, got one that has none: method scratch has one loss")
+
+
 def test_a_warning_is_one_sentence_on_stderr(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

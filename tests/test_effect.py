@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ssat_probe.effect import without_effect
+from ssat_probe.effect import refuse_idle, without_effect
 from ssat_probe.recipe import Recipe
 
 
@@ -72,3 +72,32 @@ def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], 
 )
 def test_a_schedule_between_weights_has_both_terms(fields: dict[str, Any], named: set[str]) -> None:
     assert without_effect(Recipe(**fields)).keys() == named
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "sentence"),
+    [
+        (["--method", "scratch", "--lambda-weight", "0.1"], {"method": "scratch"}, "--lambda-weight must have an effe"),
+        (["--mask_ratio=0.75", "--method=scratch"], {"method": "scratch"}, "--mask-ratio must have an effect"),
+        (["--subset-seed", "0"], {}, "--subset-seed must have an effect, got one that has none: all images are used"),
+        (["--select-on", "test", "--select", "last"], {"select_on": "test"}, "--select must have an effect"),
+        ([], {"method": "scratch", "mask_ratio": 0.5}, "--mask-ratio must have an effect"),
+    ],
+)
+def test_an_option_that_is_typed_counts_even_at_its_default(
+    words: list[str], fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        refuse_idle(Recipe(**fields), words)
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ([], {"method": "scratch", "lambda_weight": 0.1}),
+        (["--mask-ratio", "0.75", "--lambda-weight", "0.1", "--method", "ssat", "--device", "cpu"], {}),
+        (["--subset-seed", "0", "--subset", "30"], {"subset": 30}),
+    ],
+)
+def test_options_that_act_and_defaults_of_a_file_are_taken(words: list[str], fields: dict[str, Any]) -> None:
+    refuse_idle(Recipe(**fields), words)
