@@ -19,7 +19,7 @@ from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
-from ssat_probe.results import costs, gathered
+from ssat_probe.results import costs, gathered, stages_of
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
@@ -174,12 +174,14 @@ def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, j
     for cell, budget in zip(analysis.cells, budgets, strict=True):
         folder = checkpoints / cell.name
         if (folder / f"{cell.recipe.method}.pt").exists():
-            stages = json.loads((folder / "cost.json").read_text(encoding="utf-8")).values()
-            seconds += sum(stage["train_s"] + stage["evaluation_s"] for stage in stages)
-            spent, num_done = spent + budget.training_multiply_adds, num_done + 1
+            num_done += 1
+            if (folder / "cost.json").exists():
+                seconds += sum(stage["train_s"] + stage["evaluation_s"] for stage in stages_of(folder))
+                spent += budget.training_multiply_adds
         else:
             left += budget.training_multiply_adds
-    total = f"{len(budgets)} trainings, {left + spent:.3g} multiply-adds forward and backward; {num_done} are done"
+    work = sum(budget.training_multiply_adds for budget in budgets)
+    total = f"{len(budgets)} trainings, {work:.3g} multiply-adds forward and backward; {num_done} are done"
     if num_done == len(budgets):
         return f"{total}."
     if not spent:

@@ -1,6 +1,7 @@
 """Results: tables and costs of all cells of an analysis, each as one."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,26 @@ def _without_doubles(tables: list[DataFrame]) -> DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    """What each stage of a training cost.
+
+    Args:
+        folder: Of the training.
+
+    Returns:
+        A record per stage, in order; none, with a warning, where the training's ``cost.json`` is gone.
+    """
+    path = folder / "cost.json"
+    if not path.exists():
+        warnings.warn(
+            f"{path} is not there, so that the cost of this training is not known and left blank.", stacklevel=2
+        )
+        return []
+    return list(json.loads(path.read_text(encoding="utf-8")).values())
+
+
 def costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:
-    """What each cell cost, over its stages; empty where a training of an earlier version did not say.
+    """What each cell cost, over its stages; empty where a training did not say, or no longer does.
 
     Args:
         folders: Of the cells, and what was planned there.
@@ -90,7 +109,7 @@ def costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:
     rows = []
     for folder, cell in folders.items():
         recipe = cell.recipe
-        stages = DataFrame(json.loads((folder / "cost.json").read_text(encoding="utf-8")).values())
+        stages = DataFrame(stages_of(folder))
         summed = {name: stages.get(of, pd.Series([float("nan")])).sum(skipna=False) for name, of in COSTS.items()}
         rows.append(
             {

@@ -133,6 +133,18 @@ def test_run_writes_all_and_a_second_run_reuses_all(tiny: Path, tmp_path: Path) 
     pd.testing.assert_frame_equal(first[1], second[1])
     page = report.write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert "SSAT is sharper" in page
+    # What is lost is left blank, and nothing is trained for it.
+    lost = tmp_path / "runs" / chosen.cells[0].name / "cost.json"
+    lost.unlink()
+    written.pop(lost)
+    assert analysis.estimate(chosen, [budget for _, budget in analysis.plan(chosen)], tmp_path / "runs").endswith(
+        "4 are done."
+    )
+    with pytest.warns(UserWarning, match=r"cost\.json is not there"):
+        third = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")} == written
+    pd.testing.assert_frame_equal(third[1], second[1])
+    assert pd.read_csv(tmp_path / "out" / "cost.csv")["seconds"].isna().tolist() == [True, False, False, False]
 
 
 TWO_MODELS = """

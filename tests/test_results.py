@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from ssat_probe.recipe import Recipe
 from ssat_probe.results import COSTS, costs
@@ -34,3 +35,16 @@ def test_what_a_training_did_not_say_is_missing_and_not_nothing(tmp_path: Path) 
     assert table["seconds"].item() == 1
     assert pd.isna(table["energy_j"].item())
     assert pd.isna(table["images"].item())
+
+
+def test_a_training_whose_cost_is_gone_leaves_a_blank_row_and_a_note(tmp_path: Path) -> None:
+    stage = dict.fromkeys(COSTS.values(), 2.0) | {"peak_memory_bytes": 5}
+    cells = {tmp_path / str(seed): Planned(Recipe(seed=seed), {}) for seed in (0, 1)}
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "cost.json").write_text(json.dumps({"train": stage}))
+    with pytest.warns(UserWarning, match=r"0.cost\.json is not there, so that the cost of this training is not known"):
+        table = costs(cells)
+    assert table["seed"].tolist() == [0, 1]
+    numbers = table[[*COSTS, "peak_memory_bytes"]]
+    assert numbers.loc[0].isna().all()
+    assert numbers.loc[1].tolist() == [*stage.values()]
