@@ -1,12 +1,16 @@
 """What is looked at after an epoch, and what follows from it."""
 
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.utils import LoggerType
 
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
@@ -124,3 +128,42 @@ def test_tensorboard_is_told_what_the_log_says(tmp_path: Path) -> None:
     for name in ("loss", "val_accuracy", "learning_rate", "grad_norm"):
         assert [one.step for one in told.Scalars(name)] == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose([one.value for one in told.Scalars(name)], log[name], rtol=1e-6)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
+    """A module that notes every call, in the place of a tracker's that is not installed."""
+    module = MagicMock()
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(name)])
+    return module
+
+
+def assert_told(checkpoint: Checkpoint, config: dict[str, str], calls: list[Any]) -> None:
+    """What a tracker was told: the recipe, and a row of the log after each epoch."""
+    assert config == {name: str(value) for name, value in checkpoint.recipe.as_dict().items()}
+    assert [call.kwargs["step"] for call in calls] == [1, 2, 3, 4, 5, 6]
+    log = log_of(checkpoint).drop(columns="stage")
+    told = pd.DataFrame([call.args[0] for call in calls])
+    pd.testing.assert_frame_equal(told[log.columns], log, check_dtype=False, rtol=1e-6)
+
+
+def test_wandb_is_told_the_recipe_and_what_the_log_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = stand_in(monkeypatch, "wandb")
+    checkpoint = train(tiny(), tmp_path, device="cpu", tracker="wandb")
+    wandb.init.assert_called_once_with(project=checkpoint.recipe.name)
+    started = wandb.init.return_value
+    assert_told(checkpoint, wandb.config.update.call_args.args[0], started.log.call_args_list)
+    started.finish.assert_called_once_with()
+
+
+def test_mlflow_is_told_the_recipe_and_what_the_log_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = stand_in(monkeypatch, "mlflow")
+    mlflow.search_experiments.return_value = []
+    mlflow.utils.validation.MAX_PARAM_VAL_LENGTH, mlflow.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 6000, 7
+    checkpoint = train(tiny(), tmp_path, device="cpu", tracker="mlflow")
+    assert mlflow.create_experiment.call_args.kwargs["name"] == checkpoint.recipe.name
+    config: dict[str, str] = {}
+    for call in mlflow.log_params.call_args_list:
+        config |= call.args[0]
+    assert_told(checkpoint, config, mlflow.log_metrics.call_args_list)
+    mlflow.end_run.assert_called_once_with()
