@@ -42,7 +42,7 @@ def test_means_stand_over_each_other_in_the_order_of_the_axis(compared: DataFram
     assert (np.diff(ssat.get_sizes()) > 0).all()
     assert np.asarray(scratch.get_offsets()) == pytest.approx(np.array([[3.0, 0.3]]))
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("time [s]", "accuracy", "linear")
-    assert "along lambda weight: 0.02, 0.1, 0.5" in ax.figure.legends[0].get_title().get_text()
+    assert "along lambda weight: 0.02, 0.1, 0.5" in ax.figure.legends[0].get_title().get_text().replace("\n", " ")
 
 
 def test_bars_are_the_intervals_of_both_measures(compared: DataFrame) -> None:

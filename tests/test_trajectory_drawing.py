@@ -39,7 +39,7 @@ def test_lines_are_means_over_the_seeds_at_each_epoch() -> None:
             assert np.asarray(lines[name].get_ydata(), float) == pytest.approx(expected)
         assert len(ax.collections) == 2  # a band each
     (legend,) = figure.legends
-    assert legend.get_title().get_text() == (
+    assert legend.get_title().get_text().replace("\n", " ") == (
         "thin: seeds, thick: mean with 95 % t interval; hollow: not converged; "
         "no 2 / learning rate: AdamW's bound is of the preconditioned Hessian"
     )
