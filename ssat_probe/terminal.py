@@ -105,16 +105,18 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 
 def _lines() -> Callable[[int, int, str], None]:
     """Progress for a log file: a line a minute; what a resumed run finds done sets no pace."""
-    said = started = time.monotonic()
+    said = started = began = time.monotonic()
     first: int | None = None
 
     def update(done: int, total: int, text: str) -> None:
-        nonlocal said, first
-        now, first = time.monotonic(), done if first is None else first
+        nonlocal said, first, began
+        now = time.monotonic()
+        if first is None:  # what came before the first call, such as checks, sets no pace either
+            first, began = done, now
         if now - said < SILENCE_S:
             return
         said = now
-        left = f", about {(now - started) * (total - done) / (done - first) / 60:.0f} min left" if done > first else ""
+        left = f", about {(now - began) * (total - done) / (done - first) / 60:.0f} min left" if done > first else ""
         print(f"{done:,} of {total:,} after {(now - started) / 60:.0f} min{left}: {text}", file=sys.stderr)  # noqa: T201
 
     return update
