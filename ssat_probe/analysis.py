@@ -92,7 +92,12 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be an analysis file (YAML), got no such file; see analyses/.")
-    source = path.read_text(encoding="utf-8")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be YAML in UTF-8, got other bytes; give an analysis file, see analyses/."
+        ) from error
     try:
         content = yaml.safe_load(source)
     except yaml.YAMLError as error:

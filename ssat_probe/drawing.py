@@ -330,7 +330,7 @@ def _with_identity(table: DataFrame) -> DataFrame:
 def _groups(table: DataFrame) -> Iterator[DataFrame]:
     """Rows per line."""
     # Names of checkpoints of a sweep begin with where on its axes they stand, as in "mask_ratio=0.5/vit_nano-...".
-    points = table["checkpoint"].str.extract(r"^(\w+=[^/]*)/", expand=False).fillna("").rename("point")
+    points = table["checkpoint"].str.extract(r"^([\w.+-]+=[^/]*)/", expand=False).fillna("").rename("point")
     keys = [*(table[name] for name in ("model", "data", "method", "epoch", "setting")), points]
     for (_, _, method, *_), rows in table.groupby(keys, sort=False):
         checkpoints = rows.drop_duplicates("checkpoint")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pandas import DataFrame
 
-from ssat_probe import analysis, comparison, report, sweep
+from ssat_probe import analysis, comparison, drawing, report, sweep
 from ssat_probe.comparison import Claim, Measure
 from ssat_probe.measures.statistics import t_interval
 from ssat_probe.sweep import planned
@@ -228,6 +228,22 @@ def test_smoke_form_keeps_the_points_and_a_changed_recipe_has_a_name_of_its_own(
         (0.1, 1, 0.01),
         (0.5, 1, 0.01),
     }
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xb2\xff")
+    with pytest.raises(ValueError, match=r"bytes.yaml must be YAML in UTF-8, got other bytes; give"):
+        analysis.read(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("axis", ["lambda_weight", "pre-training", "v1.0+x"])
+def test_seeds_at_one_point_of_an_axis_of_any_name_make_one_line(axis: str) -> None:
+    rows = [
+        {"checkpoint": f"{axis}={value}/run-seed{seed}", "method": "ssl_ft", "seed": seed, "model": "v"}
+        for value in (1, 2)
+        for seed in range(3)
+    ]
+    assert [one.num_seeds for one in drawing.series(DataFrame(rows))] == [3, 3]
 
 
 @pytest.mark.parametrize(
