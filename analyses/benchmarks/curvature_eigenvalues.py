@@ -22,8 +22,9 @@ from ssat_probe.measures.hessian import HessianOperator
 from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 
 ERROR, TOP = 1e-3, 5
-SIZES = {"vit_nano": (nano, 64, 3, 120), "ViT-T/4": (tiny, 4, 1, 70)}  # images, seeds, steps
+SIZES = {"vit_nano": (nano, 64, 3, 120), "ViT-T/4": (tiny, 4, 3, 70)}  # images, seeds, steps
 TOLERANCES = {"vit_nano": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), "ViT-T/4": (1e-2, 1e-3, 1e-4)}
+_FLAGGED = "eigsh BE, 5 + 5, by its own flags"
 REFERENCE = 1.5  # steps of the reference over those of the runs
 
 
@@ -62,6 +63,9 @@ def _ways(
     for name, way in peers.items():
         if found := attempted(name, lambda way=way: _first_right(way, TOLERANCES[task.name])):
             yield name, found
+    # ARPACK stops at residual <= tolerance * |value|, which is our flag: both given the same, nobody knows the truth
+    if found := attempted(_FLAGGED, lambda: peers["eigsh BE, 5 + 5"](ERROR)):
+        yield _FLAGGED, found
 
 
 def _lanczos(
@@ -167,20 +171,26 @@ def _through_norms(task: Task) -> Iterator[Row]:
 
 def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]:
     """Products of the peer over ours, seed by seed; error of curvlinops' product."""
-    pairs = (("PyHessian, 5 largest", "Lanczos, 5 largest", "≥ 4"), ("eigsh BE, 5 + 5", "Lanczos, 5 + 5", "≥ 1"))
+    flagged = ", by its own flags"
+    pairs = (
+        ("PyHessian, 5 largest", "Lanczos, 5 largest", "≥ 4"),
+        ("PyHessian, 5 largest", "Lanczos, 5 largest" + flagged, "≥ 4"),
+        ("eigsh BE, 5 + 5", "Lanczos, 5 + 5", "≥ 1"),
+        (_FLAGGED, "Lanczos, 5 + 5" + flagged, "≥ 1"),
+        # the loosest tolerance that happens to be right, known from the reference, against flags that know nothing
+        ("eigsh BE, 5 + 5", "Lanczos, 5 + 5" + flagged, ""),
+    )
     for model, rows in table.groupby("model", sort=False):
         bound = rows[rows["quantity"] == "residual"]["value"].tolist()
         yield "eigenvalues", "largest relative residual of the reference's 5 + 5", str(model), bound, ""
         for quantity in ("products", "seconds"):
             wide = _reached(rows).query("quantity == @quantity").pivot(index="repeat", columns="way", values="value")
             for theirs, ours, target in pairs:
-                for rule in ("", ", by its own flags"):
-                    if not {theirs, ours + rule} <= set(rows["way"]):
-                        continue
-                    is_reached = theirs in wide and ours + rule in wide
-                    values = (wide[theirs] / wide[ours + rule]).dropna().tolist() if is_reached else []
-                    what = f"{quantity}: {theirs} / Lanczos{rule}"
-                    yield "eigenvalues", what, str(model), values, target if quantity == "products" else ""
+                if not {theirs, ours} <= set(rows["way"]):
+                    continue
+                values = (wide[theirs] / wide[ours]).dropna().tolist() if {theirs, ours} <= set(wide) else []
+                what = f"{quantity}: {theirs} / Lanczos{flagged if ours.endswith(flagged) else ''}"
+                yield "eigenvalues", what, str(model), values, target if quantity == "products" else ""
         errors = rows[rows["quantity"] == "product_error"]
         for way, group in errors.groupby("way", sort=False):
             yield "eigenvalues", f"relative error of a product: {way}", str(model), group["value"].tolist(), ""

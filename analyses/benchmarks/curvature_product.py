@@ -17,7 +17,7 @@ TARGETS = {
     ("vit_nano", "batched 16"): 2.1,
     ("vit_nano", "fresh"): 3.1,
 }
-FLOOR = 2.0  # the forward and the backward pass, each differentiated once more
+FLOOR = 2.0  # gradients, in matrix products: the forward and the backward pass, each differentiated once more
 BATCH = 64
 
 
@@ -89,7 +89,7 @@ def ratios(table: DataFrame) -> Iterator[tuple[str, str, str, list[float], str]]
 
 
 def draw(ax: Axes, table: DataFrame) -> None:
-    """A dot per repeat, the arithmetic floor beside."""
+    """A dot per repeat, the matrix products of a double backward beside."""
     found = [(what.split(", ")[1], model, values) for _, what, model, values, _ in ratios(table)]
     ways = list(dict.fromkeys(way for way, _, _ in found))
     for place, model in enumerate(dict.fromkeys(model for _, model, _ in found)):
@@ -97,7 +97,7 @@ def draw(ax: Axes, table: DataFrame) -> None:
             if which == model:
                 ys = [ways.index(way) + 0.25 * (place - 0.5)] * len(values)
                 ax.plot(values, ys, "os"[place], color=f"C{place}", alpha=0.6, label=model)
-    ax.axvline(FLOOR, color="black", linewidth=0.8, label="arithmetic floor")
+    ax.axvline(FLOOR, color="black", linewidth=0.8, label="matrix products alone")
     ax.set_yticks(range(len(ways)), ways)
     ax.invert_yaxis()
     ax.set(xlabel="product / gradient", title="One product")
