@@ -67,6 +67,25 @@ class TestRitz:
         assert (distances <= found.residuals).all()
         assert found.weights.sum() == pytest.approx(1)
 
+    @pytest.mark.parametrize(("place", "steps"), [(0, 11), (-1, 8), (-3, 8), (-3, 9)])
+    def test_no_smaller_radius_would_be_certain(self, place, steps):
+        # Another operator leaves the very same run: with the next coefficient, which the run has not seen, such that
+        # the Ritz value splits in two, each a residual away. A smaller radius (residual² over gap) would miss both.
+        krylov = run(symmetric(network_like()), steps)
+        found = ritz(krylov)
+        value, radius = found.values[place], found.residuals[place]
+        rest = np.delete(np.arange(steps), place)
+        split = value - (found.residuals[rest] ** 2 / (value - found.values[rest])).sum()
+        matrix = np.diag(np.append(krylov.alphas, split)) + np.diag(krylov.betas, 1) + np.diag(krylov.betas, -1)
+        again = ritz(run(torch.from_numpy(matrix), steps, start=torch.eye(steps + 1)[0]))
+        np.testing.assert_allclose(again.values, found.values, atol=1e-10)
+        np.testing.assert_allclose(again.residuals, found.residuals, atol=1e-10)
+        nearest = np.abs(np.linalg.eigvalsh(matrix) - value).min()
+        assert 0.99 * radius < nearest <= radius
+        gap = np.abs(value - found.values[rest]).min()
+        assert radius < 0.1 * gap  # where one would be tempted
+        assert nearest > 9 * radius**2 / gap
+
     def test_both_ends_are_found_without_ghosts(self):
         eigenvalues = np.sort(network_like())
         found = ritz(run(symmetric(eigenvalues), 80))
