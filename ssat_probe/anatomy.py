@@ -10,6 +10,9 @@ ATTENTION_NAMES = ("attn", "self_attention", "attention", "self_attn")
 
 MLP_NAMES = ("mlp", "ffn", "feed_forward")
 
+CLASS_TOKEN_NAMES = ("cls_token", "class_token", "cls_token_0")
+"timm; torchvision; the first of the two branches of CrossViT."
+
 SECOND_NORM_NAMES = ("norm2", "ln_2", "layernorm_after")
 
 
@@ -137,7 +140,7 @@ def has_class_token(model: nn.Module) -> bool:
         True if so.
     """
     holders = [model, *(child for name, child in model.named_children() if name.startswith("stage"))]
-    return any(getattr(holder, name, None) is not None for holder in holders for name in ("cls_token", "class_token"))
+    return any(getattr(holder, name, None) is not None for holder in holders for name in CLASS_TOKEN_NAMES)
 
 
 def num_prefix_tokens(model: nn.Module, stage: int = 0) -> int:
@@ -158,8 +161,7 @@ def num_prefix_tokens(model: nn.Module, stage: int = 0) -> int:
     if isinstance(count, tuple):
         return int(count[stage])
     if not isinstance(count, int):
-        names = {name for name in ("cls_token", "class_token") if hasattr(model, name)}
-        if not names and not _is_hierarchical(model):
+        if not any(hasattr(model, name) for name in CLASS_TOKEN_NAMES) and not _is_hierarchical(model):
             raise ValueError(
                 f"The model must say in 'num_prefix_tokens' how many tokens precede the patches, got a "
                 f"{type(model).__name__} with {count!r}. Set it on the model."
@@ -218,6 +220,7 @@ def _blocks_if_any(model: nn.Module) -> list[Block]:
 
 
 def _is_hierarchical(model: nn.Module) -> bool:
-    """Whether the model has windows or several stages, in which no token precedes the patches."""
+    """Whether the model has windows, several stages or, as Hiera, strided queries: no token precedes the patches."""
     found = _blocks_if_any(model)
-    return bool(found) and (found[-1].stage > 0 or hasattr(found[0].module, "window_size"))
+    has_windows = bool(found) and (hasattr(found[0].module, "window_size") or hasattr(found[0].attention, "q_stride"))
+    return has_windows or (bool(found) and found[-1].stage > 0)

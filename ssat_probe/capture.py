@@ -26,7 +26,7 @@ from ssat_probe.anatomy import (
     places_after_attention,
     sites,
 )
-from ssat_probe.placement import Place, Tracker, output_grid
+from ssat_probe.placement import INSTEAD, Place, Tracker, output_grid
 from ssat_probe.watch import Attention, AttentionWatch
 
 __all__ = [
@@ -89,9 +89,18 @@ def attention(
     for name, block in names.items():
         if mode.counts[block] != 1:
             raise ValueError(
-                f"{name} must attend exactly once per forward pass, got {mode.counts[block]} attention "
-                "operations. Run the model once, not compiled, with attention from torch."
+                f"{name} must attend exactly once per forward pass, got {mode.counts[block]} attention operations"
+                f"{_hint(mode, block)}. {INSTEAD}"
             )
+
+
+def _hint(mode: AttentionWatch, block: int) -> str:
+    """Why a block may not have attended once."""
+    if mode.counts[block]:
+        return "; the model ran more than once, or its blocks attend more than once, as those of TNT"
+    if block in mode.others:
+        return f"; its softmax has {len(mode.others[block])} axes {mode.others[block]}, not batch, head, query and key"
+    return "; it mixes tokens without a softmax, or the model is compiled or did not run"
 
 
 @contextmanager
@@ -122,6 +131,8 @@ def features(
     by_place: dict[tuple[int, str], Site] = {(site.block, site.name): site for site in sites(model)}
     grids: dict[Site, tuple[int, int]] = {}
     counts: Counter[Site] = Counter()
+    widths = {block.index: _widths(block.module) for block in found}
+    widths[-1] = widths[found[0].index]
     stages = {block.stage for block in found}
     skipped = {stage: 0 if with_prefix else num_prefix_tokens(model, stage) for stage in stages}
 
@@ -130,7 +141,15 @@ def features(
             return  # the later of second norm and MLP
         counts[site] += 1
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        if tokens.ndim == 4 and tokens.shape[-1] not in widths[site.block] and tokens.shape[1] in widths[site.block]:
+            tokens = tokens.movedim(1, -1)  # as convolutions have it
         tokens = (tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)[:, skipped[site.stage] :]
+        if len(tokens) != (tracker.num_images or len(tokens)):
+            raise ValueError(
+                f"Features at site {site.name!r} of block {site.block} must have a row for each of the "
+                f"{tracker.num_images} images, got {len(tokens)} rows. Blocks that run on parts of images, as those of "
+                "MobileViT, have no features of an image."
+            )
         if not (tokens.sum().isfinite() or tokens.isfinite().all()):  # the sum is quicker, and may overflow
             raise ValueError(
                 f"Features at site {site.name!r} of block {site.block} must be finite, got NaN or infinity. "
@@ -146,7 +165,7 @@ def features(
                 grids.setdefault(by_place[at], known[at])
 
     with ExitStack() as stack:
-        _track(stack, model, found, note)
+        tracker = _track(stack, model, found, note)
         _before(stack, found[0].module, by_place[-1, "embed"], take)
         for block in found:
             after = places_after_attention(block.module)
@@ -172,7 +191,7 @@ def features(
 
 def _track(
     stack: ExitStack, model: nn.Module, found: Sequence[Block], note: Callable[[int, Place | str], None]
-) -> None:
+) -> Tracker:
     """Say of each block, just before it runs, where it stands, or why nobody knows."""
     tracker, prefix_of = Tracker(partial(geometry.grid, model)), cache(partial(num_prefix_tokens, model))
     stack.callback(model.register_forward_pre_hook(lambda _, args: tracker.see_images(args)).remove)
@@ -186,6 +205,13 @@ def _track(
                 note(block.index, str(error))
 
         stack.callback(block.module.register_forward_pre_hook(hook).remove)
+    return tracker
+
+
+def _widths(block: nn.Module) -> set[int]:
+    """Channels of the residual stream of a block, as its norms have them."""
+    norms = [norm for norm in block.children() if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d)]
+    return {norm.normalized_shape[-1] if isinstance(norm, nn.LayerNorm) else norm.num_features for norm in norms}
 
 
 def _follow(stack: ExitStack, module: nn.Module, name: str, callers: list[str]) -> None:

@@ -118,13 +118,18 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
     except ValueError as error:
         return [f"  attention: {error}"]
     seen: dict[int, str] = {}
+    unknown: dict[str, str] = {}  # the first block's of sentences that are alike but for its name
     is_hierarchical = len({site.stage for site in capture.sites(model)}) > 1
 
     def reduce(one: capture.Attention) -> None:
         heads, queries, keys = one.rows.shape[1:]
         kind = "scores" if one.has_scores else "weights alone"
         masked = "" if one.is_valid is None else ", masked"
-        where = _where(one, is_hierarchical)
+        try:
+            where = _where(one, is_hierarchical)
+        except ValueError as error:
+            where = "places unknown, "
+            unknown.setdefault(str(error).partition(" must ")[2], str(error))
         many = "s" if heads > 1 else ""
         seen[one.block] = f"{where}{heads} head{many}, {queries} queries x {keys} keys, {kind} visible{masked}"
         seen[one.block] += f", {_KINDS[one.kind]}"
@@ -142,24 +147,22 @@ def _attention(model: nn.Module, image: Tensor) -> list[str]:
             numbers = f"blocks {start} to {block}" if block > start else f"block {block}"
             lines.append(f"  {numbers}: {seen[start]}")
             start = block + 1
-    return lines
+    return [*lines, *(f"  places: {why}" for why in unknown.values())]
 
 
 def _where(one: capture.Attention, is_hierarchical: bool) -> str:
-    """Grid and windows of a block of a hierarchical model; of any model why nobody knows the places of its tokens."""
-    try:
-        rows = geometry.arranged(one)
-    except ValueError as error:
-        return f"places unknown ({error}), "
+    """Grid and windows of a block of a hierarchical model; a ValueError where nobody knows the places of its tokens."""
+    rows = geometry.arranged(one)
     if not is_hierarchical:
         return ""
     assert not isinstance(one.place, str)
     text = f"grid {one.place.grid[0]} x {one.place.grid[1]}, "
     if rows.num_windows == 1:
         return text
-    size, shift = one.place.module.window_size, one.place.module.shift_size
-    shifted = f" shifted by {shift[0]} x {shift[1]}" if any(shift) else ""  # type: ignore[index, arg-type]
-    return text + f"{rows.num_windows} windows of {size[0]} x {size[1]}{shifted}, "  # type: ignore[index]
+    assert one.place.windows is not None
+    size, shift = one.place.windows
+    shifted = f" shifted by {shift[0]} x {shift[1]}" if any(shift) else ""
+    return text + f"{rows.num_windows} windows of {size[0]} x {size[1]}{shifted}, "
 
 
 class _Peak(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssat_probe.placement import PADDING, PATCH, PREFIX, Layout, lay_out
+from ssat_probe.placement import INSTEAD, PADDING, PATCH, PREFIX, Layout, lay_out
 from ssat_probe.watch import Attention
 
 Queries = Literal["patch", "cls", "prefix", "all"]
@@ -224,6 +224,7 @@ def distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Float[Tenso
 def _pair(found: object, model: nn.Module, what: str) -> tuple[int, int]:
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise ValueError(
-            f"The model must say {what}, got a {type(model).__name__} with {found!r}. Set it on the model."
+            f"The model must say {what}, got a {type(model).__name__} with {found!r}. {INSTEAD} In Python, "
+            "it can be set on the model."
         )
     return int(found[0]), int(found[1])

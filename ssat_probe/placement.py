@@ -11,6 +11,11 @@ from torch import Tensor, nn
 PATCH, PREFIX, PADDING = 0, 1, 2
 "Kinds of tokens."
 
+INSTEAD = (
+    "Probe its features instead, with variance, tokens, spectrum or similarity; `describe --data` says which apply."
+)
+"What to do where attention has no places."
+
 _QUERY_POOLS, _KEY_POOLS = ("pool_q", "conv_proj_q"), ("pool_k", "pool", "sr", "conv_proj_k")
 "What attention does to the grid of its queries and keys: MViT, PVT v2 (both forms), CvT."
 
@@ -35,6 +40,16 @@ class Place:
     "Tokens in front of the patches."
     layouts: "dict[tuple[int, int], Layout]" = field(default_factory=dict, compare=False, repr=False)
     "Laid out already, by numbers of queries and keys: the chunks of an operation share one."
+
+    @property
+    def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Size and shift of the windows in which the block attends; None if it does not."""
+        return _window(self.module)
+
+    @property
+    def has_axis_of_windows(self) -> bool:
+        """Whether its attention gives windows an axis of their own, behind that of the images, as Twins does."""
+        return getattr(self.attention, "ws", None) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +95,7 @@ def lay_out(place: Place, rows: int, queries: int, keys: int) -> Layout:
     Raises:
         ValueError: If these numbers are not what the block's geometry says; then nobody knows which token is which.
     """
-    windows = _window(place.module)
+    windows = place.windows
     found = place.layouts.get((queries, keys))
     found = found or (_windowed(place, *windows) if windows else _whole(place, queries, keys))
     place.layouts[queries, keys] = found
@@ -95,13 +110,15 @@ def _misfit(place: Place, shape: tuple[int, int, int]) -> str:
         f"{place.name} must attend over the {place.grid[0]} x {place.grid[1]} patches of each image and "
         f"{place.num_prefix} tokens before them, or over windows of them as Swin does, got {shape[0]} x {shape[1]} "
         f"queries x {shape[2]} keys for {place.batch} images. Attention over channels or unknown windows has no "
-        "places in the image."
+        f"places in the image. {INSTEAD}"
     )
 
 
 def _window(block: nn.Module) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Size and shift of windows, where a block has both, as timm's Swin and SwinV2."""
+    """Size and shift of windows: a block has both in timm's Swin and SwinV2, its attention a size in Twins."""
     size, shift = getattr(block, "window_size", None), getattr(block, "shift_size", None)
+    if size is None and (groups := getattr(getattr(block, "attn", None), "ws", None)) is not None:
+        size, shift = groups, 0  # Chu et al. (2021, Twins), Sec. 3.2: locally grouped, never shifted
     if size is None or shift is None:
         return None
     pairs = [(value, value) if isinstance(value, int) else (int(value[0]), int(value[1])) for value in (size, shift)]
@@ -231,6 +248,11 @@ class Tracker:
         self._image: tuple[int, int, int] | None = None
         self._last: Place | None = None
 
+    @property
+    def num_images(self) -> int | None:
+        """Images of the forward pass; None if its input is none."""
+        return self._image[0] if self._image else None
+
     def see_images(self, args: tuple[Any, ...]) -> None:
         """Take note of the model's input.
 
@@ -261,6 +283,12 @@ class Tracker:
         Raises:
             ValueError: If the model does not say where its patches lie.
         """
+        kind = type(attention).__name__
+        if "XCA" in kind or "Channel" in kind:
+            raise ValueError(
+                f"{name} must attend over patches, got {kind}, which attends over channels: these have no places in "
+                f"the image. {INSTEAD}"
+            )
         if self._image is None:
             raise ValueError(
                 f"{name} must run within a forward pass over images (batch, channel, height, width) for the places of "
@@ -268,10 +296,24 @@ class Tracker:
             )
         batch, *size = self._image
         grid = _grid_of_call(block, args) or self._grid_of((size[0], size[1]))
+        if not _fits(args[0] if args else None, grid, num_prefix):
+            raise ValueError(
+                f"{name} must get the {grid[0]} x {grid[1]} patches of its model row by row, got tokens of shape "
+                f"{tuple(args[0].shape)}: nobody knows which is which. {INSTEAD}"
+            )
         before, stride = (size, (1, 1)) if self._last is None else (self._last.grid, self._last.stride)
         steps = [step * -(-old // new) for step, old, new in zip(stride, before, grid, strict=True)]
         self._last = Place(name, block, attention, batch, grid, (steps[0], steps[1]), num_prefix)
         return self._last
+
+
+def _fits(tokens: Any, grid: tuple[int, int], num_prefix: int) -> bool:
+    """Whether tokens may be the patches of a grid in raster order: not those of the blocks of NesT, say."""
+    if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
+        return True
+    if tokens.ndim == 4:
+        return tokens.shape[1:3] == grid
+    return tokens.shape[1] - grid[0] * grid[1] in (0, num_prefix)
 
 
 def _grid_of_call(block: nn.Module, args: tuple[Any, ...]) -> tuple[int, int] | None:

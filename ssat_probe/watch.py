@@ -88,6 +88,8 @@ class AttentionWatch(TorchFunctionMode):
         self.callers: list[str] = []
         self.counts: Counter[int] = Counter()
         self.places: dict[int, Place | str] = {}
+        self.others: dict[int, tuple[int, ...]] = {}
+        "By block: shape of an operation that looks like attention, on other axes than those of attention."
         self._reduce = reduce
         self._names = names
         self._errors = errors
@@ -113,6 +115,10 @@ class AttentionWatch(TorchFunctionMode):
     def _block(self) -> int | None:
         """Block that is running, if it is one of the expected."""
         return next((self._names[name] for name in reversed(self.callers) if name in self._names), None)
+
+    def _has_axis_of_windows(self, block: int) -> bool:
+        place = self.places.get(block)
+        return isinstance(place, Place) and place.has_axis_of_windows
 
     def _hand_over(self, seen: Attention) -> None:
         """A whole operation, in chunks."""
@@ -166,7 +172,10 @@ class AttentionWatch(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
+        if query.ndim == 5 and attn_mask is None and self._has_axis_of_windows(block):
+            query, key, value, result = (one.flatten(0, 1) for one in (query, key, value, result))
         if query.ndim != 4:
+            self.others[block] = tuple(query.shape)
             return
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
@@ -199,7 +208,12 @@ class AttentionWatch(TorchFunctionMode):
     def _see_softmax(
         self, block: int, result: Tensor, input: Tensor, dim: int | None = None, *others: Any, **more: Any
     ) -> None:
-        if input.ndim != 4 or dim not in (-1, 3):
+        if dim not in (-1, input.ndim - 1):
+            return
+        if input.ndim == 5 and self._has_axis_of_windows(block):
+            input = input.flatten(0, 1)
+        if input.ndim != 4:
+            self.others[block] = tuple(input.shape)
             return
         self._masked_below = torch.finfo(input.dtype).min / 2  # masked by -inf or the most negative number
         caller = self.callers[-1].removesuffix(".softmax")
@@ -215,6 +229,7 @@ class AttentionWatch(TorchFunctionMode):
         seen, weights = self._softmax
         if input.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr() and input.shape == weights.shape:
             self._softmax = None
+            other, result = (one.flatten(0, 1) if one.ndim == 5 else one for one in (other, result))
             for part, windows, queries in self._parts(seen):
                 self._check(part, other[windows], result[windows, :, queries])
 

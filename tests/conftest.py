@@ -107,6 +107,7 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
     from timm.models.pvt_v2 import PyramidVisionTransformerV2
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.swin_transformer_v2 import SwinTransformerV2
+    from timm.models.twins import Twins
     from timm.models.vision_transformer import VisionTransformer
     from torchvision.models import VisionTransformer as Torchvision
 
@@ -157,6 +158,9 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
         "cait": lambda: Cait(**vit, depth_token_only=2),
         "pvt": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1)),
         "pvt linear": lambda: PyramidVisionTransformerV2(**pvt, sr_ratios=(2, 1), linear=True),
+        "twins": lambda: Twins(
+            img_size=(32, 48), **pvt | {"depths": (2, 2)}, patch_size=4, sr_ratios=(2, 1), wss=(3, 4)
+        ),
         "mvit": lambda: mvit(use_cls_token=False, use_abs_pos=False),
         "mvit class token": lambda: mvit(use_cls_token=True, use_abs_pos=True),
         "torchvision": lambda: Torchvision(
@@ -167,7 +171,7 @@ def _families() -> dict[str, Callable[[], nn.Module]]:
 
 FAMILIES = (
     "vit", "deit distilled", "registers", "gap", "swin", "swin padded", "our swin", "our cvt", "swinv2", "cait", "pvt",
-    "pvt linear", "mvit", "mvit class token", "torchvision",
+    "pvt linear", "twins", "mvit", "mvit class token", "torchvision",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def test_sites_are_embed_and_two_per_block():
         ("swinv2", 0, [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]),
         ("cait", 0, [*(f"blocks.{i}" for i in range(3)), "blocks_token_only.0", "blocks_token_only.1"]),
         ("pvt", 0, ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]),
+        ("twins", 0, [f"blocks.{i}.{j}" for i in (0, 1) for j in (0, 1)]),
         ("mvit", 0, ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]),
         ("mvit class token", 1, ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]),
         ("torchvision", 1, [f"encoder.layers.encoder_layer_{i}" for i in range(3)]),

@@ -5,6 +5,7 @@ import weakref
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
@@ -509,7 +510,7 @@ def test_features_of_two_forward_passes_are_an_error():
 
 OPERATIONS = {
     "vit": 3, "deit distilled": 3, "registers": 3, "gap": 3, "swin": 4, "swin padded": 4, "our swin": 4, "swinv2": 4,
-    "our cvt": 4, "cait": 5, "pvt": 3, "pvt linear": 3, "mvit": 3, "mvit class token": 3, "torchvision": 3,
+    "our cvt": 4, "twins": 4, "cait": 5, "pvt": 3, "pvt linear": 3, "mvit": 3, "mvit class token": 3, "torchvision": 3,
 }  # fmt: skip
 UNCHECKED = {"cait": {0, 1, 2}}  # talking heads mix the weights after softmax, so that no product with them is seen
 
@@ -569,10 +570,46 @@ def test_the_residual_stream_of_every_family_has_the_patches_of_its_grid(family:
     assert {site: grid[0] * grid[1] for site, grid in grids.items()} == {site: s[1] for site, s in shapes.items()}
     stages = {site.stage for site in shapes}
     assert stages == (
-        {0, 1, 2} if name == "our cvt" else {0, 1} if name.startswith(("swin", "our swin", "pvt", "mvit")) else {0}
+        {0, 1, 2}
+        if name == "our cvt"
+        else {0, 1}
+        if name.startswith(("swin", "our swin", "pvt", "twins", "mvit"))
+        else {0}
     )
     merges = [site.block for site in shapes if site.name == "merge"]
-    assert merges == ([1, 2] if name == "our cvt" else [2] if "swin" in name else [1] if name.startswith("pvt") else [])
+    assert merges == (
+        [1, 2]
+        if name == "our cvt"
+        else [2]
+        if name == "twins" or "swin" in name
+        else [1]
+        if name.startswith("pvt")
+        else []
+    )
+
+
+def test_the_windows_of_twins_are_told_apart_from_its_images_with_and_without_the_fused_kernel(make_family):
+    model, x = make_family("twins")
+    fused, errors = captured(model.double(), x.double())
+    assert [tuple(one.rows.shape) for one in fused] == [(24, 1, 9, 9), (2, 1, 96, 24), (4, 2, 16, 16), (2, 2, 24, 24)]
+    for level in model.blocks:
+        for block in level:
+            block.attn.fused_attn = False
+    plain, plain_errors = captured(model, x.double(), most_weights=100)
+    assert max(*errors.values(), *plain_errors.values()) < 1e-12  # the product with the values was seen in all of them
+    for block, whole in enumerate(fused):
+        torch.testing.assert_close(joined([one for one in plain if one.block == block]), whole.rows)
+
+
+def test_maps_with_channels_first_are_read_as_maps():
+    model = timm.create_model("visformer_tiny").eval()
+    maps: list[Tensor] = []
+    for block in capture.blocks(model):
+        block.register_forward_hook(lambda _, args, output: maps.append(output))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
+    seen = sites_of(model, x)
+    for block, expected in enumerate(maps):
+        assert torch.equal(seen["mlp", block], expected.flatten(2).mT)
 
 
 def test_the_stream_of_swin_is_that_of_its_blocks(make_family):

@@ -1,12 +1,15 @@
 """What describe says is what the model does."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from torch import nn
 
+from ssat_probe import capture
 from ssat_probe.description import _attention, describe, forward_bytes, probes_that_apply
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import names
@@ -98,11 +101,64 @@ def test_cvt_is_described_stage_by_stage_and_every_probe_applies_or_says_why(
     assert "got 64 queries and 16 keys in stage0.blocks.0.attn" in refused["maps"]
 
 
+FEATURES = "Probe its features instead, with variance, tokens, spectrum or similarity; `describe --data` says which"
+UNSUPPORTED = {
+    "nest_tiny": "its softmax has 5 axes (1, 3, 16, 196, 32), not batch, head, query and key",
+    "hiera_tiny_224": "its softmax has 5 axes (1, 1, 49, 64, 96), not batch, head, query and key",
+    "volo_d1_224": "its softmax has 5 axes (1, 6, 196, 9, 9), not batch, head, query and key",
+    "tnt_s_legacy_patch16_224": "got 2 attention operations; the model ran more than once, or its blocks attend more",
+    "xcit_nano_12_p16_224": "blocks.0 must attend over patches, got XCA, which attends over channels",
+    "davit_tiny": "stages.0.blocks.0.1 must attend over patches, got ChannelAttention, which attends over channels",
+    **{
+        name: f"The model must say its grid of patches in 'grid' or 'patch_embed.grid_size', got a {kind} with None"
+        for name, kind in {
+            "levit_128s": "LevitDistilled", "visformer_tiny": "Visformer", "mobilevit_s": "ByobNet",
+            "crossvit_tiny_240": "CrossVit", "gcvit_xxtiny": "GlobalContextVit", "maxvit_pico_rw_256": "MaxxVit",
+        }.items()
+    },
+}  # fmt: skip
+WITHOUT_FEATURES = {
+    "tnt_s_legacy_patch16_224": "blocks.0 must have 'norm2' and 'mlp' after its attention, got a Block without",
+    "levit_128s": "stages.0.blocks.0 must have 'norm2' and 'mlp' after its attention, got a LevitBlock without",
+    "mobilevit_s": "must have a row for each of the 2 images, got 8 rows",
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_family_whose_attention_has_no_known_places_says_why_and_what_to_do(name: str) -> None:
+    lines = describe(f"timm:{name}", Sample())
+    (why,) = (line for line in lines if UNSUPPORTED[name] in line)
+    assert why.startswith(("  attention: ", "  places: "))
+    assert FEATURES in why
+    model = timm.create_model(name).eval()
+    shapes: list[tuple[int, ...]] = []
+    x = torch.zeros(2, *model.default_cfg["input_size"])
+
+    def run() -> dict[capture.Site, tuple[int, int]]:
+        with torch.no_grad(), capture.features(model, lambda _, tokens: shapes.append(tuple(tokens.shape))) as grids:
+            model(x)
+        return grids
+
+    if name in WITHOUT_FEATURES:
+        with pytest.raises(ValueError, match=re.escape(WITHOUT_FEATURES[name])):
+            run()
+    else:
+        assert run() == {}  # so that no probe takes them for a map
+        norms = [block.norm2 for block in capture.blocks(model) if hasattr(block, "norm2")]
+        assert {shape[0] for shape in shapes} == {2}
+        assert {shape[2] for shape in shapes} >= {len(norm.weight) for norm in norms}
+
+
+def test_twins_says_the_groups_of_its_blocks() -> None:
+    lines = describe("timm:twins_svt_small", Sample())
+    start = "  block 2: grid 28 x 28, 16 windows of 7 x 7, 4 heads, 49 queries x 49 keys"
+    assert any(line.startswith(start) for line in lines)
+    assert any(line.startswith("  block 3: grid 28 x 28, 4 heads, 784 queries x 49 keys") for line in lines)
+
+
 def test_attention_over_channels_has_no_places() -> None:
     lines = describe("timm:xcit_nano_12_p16_224", Sample(), Source(img_size=(64,)))
-    assert any(
-        line.startswith("  blocks 0 to 11: places unknown (The model must say its grid of patches") for line in lines
-    )
+    assert any(line.startswith("  blocks 0 to 11: places unknown, 4 heads, 32 queries x 32 keys") for line in lines)
     assert "  images: 3 x 64 x 64, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)" in lines
 
 

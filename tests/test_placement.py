@@ -53,10 +53,40 @@ def test_slots_of_windows_are_where_the_model_puts_a_map_of_coordinates(make_fam
     assert any(one.query_regions.unique().numel() > len(one.query_regions) for _, one in layouts(*make_family(name)))
 
 
-@pytest.mark.parametrize("name", ["pvt", "pvt linear", "mvit", "mvit class token", "our cvt"])
+def test_slots_of_the_groups_of_twins_are_where_the_model_puts_a_map_of_coordinates(make_family: Callable):
+    class Recorder(nn.Module):
+        """Takes the place of the projection to queries, keys and values, the first to see the groups."""
+
+        def forward(self, groups: Tensor) -> Tensor:
+            self.groups = groups
+            return groups.repeat_interleave(3, -1)
+
+    model, x = make_family("twins")
+    found = [(place, layout) for place, layout in layouts(model, x) if place.windows]
+    assert [(place.grid, place.windows) for place, _ in found] == [
+        ((8, 12), ((3, 3), (0, 0))), ((4, 6), ((4, 4), (0, 0)))
+    ]  # fmt: skip
+    for place, layout in found:
+        rows, columns = place.grid
+        numbers = torch.arange(rows * columns)[None, :, None] + torch.ones(len(place.module.norm1.weight))
+        attention, recorder = place.attention, Recorder()
+        attention.qkv = recorder
+        attention(numbers, place.grid)
+        slots = recorder.groups[0, ..., 0].flatten(0, 1).flatten(1).long() - 1  # padding is 0 in the model, -1 here
+        assert torch.equal(layout.query_kinds, torch.where(slots < 0, PADDING, PATCH))
+        assert (slots < 0).any()
+        here = slots >= 0
+        expected = torch.stack([slots // columns * place.stride[0], slots % columns * place.stride[1]], -1)
+        assert torch.equal(layout.query_places[here].long(), expected[here])
+        assert layout.query_regions.unique().tolist() == list(range(len(slots)))
+
+
+@pytest.mark.parametrize("name", ["pvt", "pvt linear", "twins global", "mvit", "mvit class token", "our cvt"])
 def test_centres_of_pooled_keys_are_those_of_a_pooled_map_of_coordinates(make_family: Callable, name: str):
-    model, x = make_family(name)
+    model, x = make_family(name.removesuffix(" global"))
     for place, layout in layouts(model, x):
+        if place.windows:
+            continue
         axes = [torch.arange(n, dtype=torch.float64) for n in place.grid]
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))[:, None]
         for kinds, places, names in (

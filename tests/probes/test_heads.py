@@ -207,7 +207,7 @@ def test_windows_are_the_rows_of_patches_that_attend_to_each_other(make_family: 
 def test_every_family_has_numbers_within_their_bounds(family: tuple[str, torch.nn.Module, torch.Tensor]) -> None:
     name, model, x = family
     table = Probe(untrained_twin=False).measure(StandIn(model, x))  # type: ignore[arg-type]
-    assert table["block"].nunique() == (4 if "swin" in name or name == "our cvt" else 3)
+    assert table["block"].nunique() == (4 if "swin" in name or name in ("our cvt", "twins") else 3)
     assert (table["distance"] > 0).all()
     assert table["mass_to_prefix"].between(0, 1).all()
     assert table["nmi"].between(0, 1).all()
