@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssat_probe.formats import Converted
+from ssat_probe.hub import fetching
 from ssat_probe.models import vit
 from ssat_probe.patches import grid_of, patchify
 from ssat_probe.source import Source
@@ -80,7 +82,8 @@ def timm_model(name: str, source: Source, num_classes: int | None, **more: Any) 
     options |= {"num_heads": source.heads} if source.heads else {}
     options |= {"num_classes": num_classes} if num_classes is not None else {}
     try:
-        return timm.create_model(name, **options)
+        with fetching(name) if options.get("pretrained") else nullcontext():
+            return timm.create_model(name, **options)
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         said = str(error).strip().split("\n")[0]
         if "img_size" in options and "unexpected keyword argument 'img_size'" in said:

@@ -80,7 +80,7 @@ def test_pretrained_weights_come_from_the_hubs_cache(tmp_path: Path, monkeypatch
         open_weights(f"timm:{NAME}?pretrained", Source(img_size=(32,)))
     small = foreign(f"timm:{NAME}?pretrained", Source(img_size=(32,), resize=True))
     assert small.report.resized == {"pos_embed": "from images of (224, 224) to (32, 32)"}
-    with pytest.raises(ValueError, match=r"timm:vit_small_patch16_224 must be made .* but timm says: "):
+    with pytest.raises(ValueError, match=r"timm:vit_small_patch16_224\?pretrained must be in the cache .* got: "):
         open_weights("timm:vit_small_patch16_224?pretrained")
 
 

@@ -1,5 +1,6 @@
 """Any plain Vision Transformer of timm's by name, with a masked pass: timm:NAME, or timm:NAME?pretrained."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ssat_probe.hub import fetching
 from ssat_probe.patches import Features, grid_of, visible_ids_of
 
 PREFIX = "timm:"
@@ -57,7 +59,8 @@ class Model(VisionTransformer):
         if img_size and patch_size:
             grid_of(img_size, patch_size)
         try:
-            made = timm.create_model(name, pretrained=is_pretrained, **options)
+            with fetching(name) if is_pretrained else nullcontext():
+                made = timm.create_model(name, pretrained=is_pretrained, **options)
         except (TypeError, AssertionError, RuntimeError, OSError) as error:
             said = str(error).strip().split("\n")[0]
             raise ValueError(f"{PREFIX}{name} must be made with {options}, but timm says: {said}") from error
