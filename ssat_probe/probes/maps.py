@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ssat_probe.capture import Attention
     from ssat_probe.drawing import Series
+    from ssat_probe.geometry import Rows
     from ssat_probe.subject import Subject
 
 # Sides of the pictures of the images in the table, in pixels at most.
@@ -30,7 +31,7 @@ class Probe:
     images: tuple[int, ...] = (0, 1)
     "Which images, by their place in the sample."
     block: int = -1
-    "Block whose heads are shown; negative ones count from the end."
+    "Block whose heads are shown; negative ones count from the end. It may attend in windows or to coarser keys."
 
     split: ClassVar[str] = "test"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -38,10 +39,13 @@ class Probe:
         Column("kind", "", "head, mean (of the heads), rollout (through all blocks), or red, green, blue of the image"),
         Column("block", "", "transformer block, 0 next to the input; the last one for rollout; -1 for colours"),
         Column("head", "", "attention head within the block; -1 for all and for colours"),
-        Column("row", "", "of the grid of patches; of the scaled image for colours"),
-        Column("column", "", "of the grid of patches; of the scaled image for colours"),
-        Column("value", "", "attention x number of patches: 1 is uniform; colours from 0 to 1"),
+        Column(
+            "row", "", "of the grid of keys in the image, coarser where the block pools them; of the image for colours"
+        ),
+        Column("column", "", "likewise"),
+        Column("value", "", "attention x number of these keys: 1 is uniform; colours from 0 to 1"),
         Column("query", "", "cls: of the class token; patches: mean over the patch tokens, where there is none"),
+        Column("no_rollout", "", "why there is no rollout; empty where there is"),
     )
     policy: ClassVar[str] = "queries cls, else patch; keys patch, renormalised"
 
@@ -49,17 +53,17 @@ class Probe:
         """One row per image, map and patch.
 
         Args:
-            subject: Its model is in eval mode and attends over the whole image in every block.
+            subject: Its model is in eval mode.
 
         Returns:
             The columns of this probe.
 
         Raises:
-            ValueError: If an image or the block does not exist.
+            ValueError: If an image or the block does not exist, or nobody knows where the block's keys lie.
         """
         from pandas import concat
 
-        from ssat_probe import capture, geometry
+        from ssat_probe import capture
 
         count, depth = subject.num_images, len(capture.blocks(subject.model))
         for what, value, low, high in (
@@ -72,7 +76,7 @@ class Probe:
         for batch in subject.batches():
             for place, image in enumerate(batch.ids.tolist()):
                 if image in self.images:
-                    seen = _Maps(subject.model, self.block % depth, geometry.grid(subject.model))
+                    seen = _Maps(subject.model, self.block % depth)
                     parts[image] = seen.table(image, batch.images[place][None], subject)
         return concat([parts[image] for image in dict.fromkeys(self.images)], ignore_index=True)
 
@@ -93,8 +97,9 @@ class Probe:
         images = list(table["image"].unique())[: max(1, _MOST_ROWS // len(drawn))]
         pairs = [(one, image) for image in images for one in drawn][:_MOST_ROWS]
         heads = [head for head in table["head"].unique() if head >= 0][:_MOST_HEADS]
-        kinds = [("rollout", -1), ("mean", -1), *(("head", head) for head in heads)]
         maps = table[table["kind"].isin(["rollout", "mean", "head"])]
+        kinds = [(kind, -1) for kind in ("rollout", "mean") if kind in set(maps["kind"])]
+        kinds += [("head", head) for head in heads]
         norm = PowerNorm(0.5, 0, max(2.0, float(maps["value"].quantile(0.995))))
         width = drawing.PAGE_WIDTH
         with drawing.style():
@@ -106,14 +111,19 @@ class Probe:
                 rows = rows[rows["image"] == image]
                 _picture(first, rows, one, image)
                 for ax, (kind, head) in zip(others, kinds, strict=True):
-                    shown = _map(ax, rows[(rows["kind"] == kind) & (rows["head"] == head)], norm)
+                    mine = rows[(rows["kind"] == kind) & (rows["head"] == head)]
+                    if mine.empty:  # of a checkpoint that has it not, beside one that has
+                        ax.set_axis_off()
+                        continue
+                    shown = _map(ax, mine, norm)
                     ax.set_ylabel(f"head {head}" if kind == "head" else kind)
             bar = figure.colorbar(shown, ax=axes, shrink=min(1, 2.5 / len(pairs)), aspect=30, pad=0.01)
             bar.set_label("attention / uniform attention")
             query = {"cls": "class token", "patches": "mean over patch tokens"}
             blocks = ", ".join(map(str, sorted(maps.loc[maps["kind"] == "head", "block"].unique())))
             note = f"queries: {' or '.join(query[name] for name in table['query'].unique())}; heads of block {blocks}"
-            drawing.legend_below(figure, note)
+            reasons = [reason for reason in table["no_rollout"].dropna().unique() if reason]
+            drawing.legend_below(figure, note + "".join(f"; no rollout: {reason}" for reason in reasons[:1]))
         return figure
 
     def summary(self, table: "DataFrame") -> "DataFrame":
@@ -132,6 +142,9 @@ class Probe:
             for image, maps in list(one.groupby("image", sort=False))[:3]:
                 row: dict[str, Any] = {"checkpoint": checkpoint, "image": image}
                 for kind in ("rollout", "mean"):
+                    if kind not in set(maps["kind"]):
+                        row |= {f"{kind} peaks at": f"none: {maps['no_rollout'].iloc[0]}"}
+                        continue
                     top = maps[maps["kind"] == kind].nlargest(1, "value").iloc[0]
                     row |= {f"{kind} peaks at": f"{top['row']}, {top['column']}", f"{kind} there": top["value"]}
                 rows.append(row)
@@ -139,16 +152,18 @@ class Probe:
 
 
 class _Maps:
-    """Attention of one image: that of one block, and rollout through all."""
+    """Attention of one image: that of one block, and rollout through all where they attend as it asks for."""
 
-    def __init__(self, model: Any, block: int, grid: tuple[int, int]) -> None:
+    def __init__(self, model: Any, block: int) -> None:
         from ssat_probe import capture
 
-        self._model, self._block, self._grid = model, block, grid
-        self._prefix = capture.num_prefix_tokens(model)
+        self._model, self._block = model, block
+        of_class = capture.blocks_with(model, "cls") if capture.has_class_token(model) else ()
+        self._of_class, self._last = block in of_class, len(capture.blocks(model)) - 1
         self._rollout: Tensor | None = None
-        self._weights: Tensor | None = None
-        self._last = len(capture.blocks(model)) - 1
+        self._why_not = ""
+        self._maps: Tensor | None = None
+        self._num_prefix = 0
 
     def table(self, image: int, pixels: "Tensor", subject: "Subject") -> "DataFrame":
         """Rows of one image."""
@@ -160,42 +175,68 @@ class _Maps:
 
         with torch.no_grad(), capture.attention(self._model, self._take):
             self._model(pixels)
-        assert self._weights is not None
-        assert self._rollout is not None
-        query = "cls" if self._prefix else "patches"
+        assert self._maps is not None
         parts = [
-            ("rollout", self._last, -1, self._of_query(self._rollout)),
-            ("mean", self._block, -1, self._of_query(self._weights.mean(0))),
-            *(("head", self._block, head, self._of_query(one)) for head, one in enumerate(self._weights)),
+            ("mean", self._block, -1, _in_units_of_uniform(self._maps.mean(0))),
+            *(("head", self._block, head, _in_units_of_uniform(one)) for head, one in enumerate(self._maps)),
         ]
+        if self._rollout is not None and not self._why_not:
+            rolled = self._rollout[0, :, self._num_prefix :]
+            rolled = rolled[0] if self._of_class else rolled[self._num_prefix :].mean(0)
+            parts.insert(0, ("rollout", self._last, -1, _in_units_of_uniform(rolled.reshape(self._maps.shape[1:]))))
         colours = denormalise(pixels, subject.checkpoint.facts).clamp(0, 1)[0].double().cpu()
         factor = max(1, -(-max(colours.shape[1:]) // _MOST_PIXELS))
         colours = torch.nn.functional.avg_pool2d(colours, factor, ceil_mode=True).expand(3, -1, -1)
         parts += [(name, -1, -1, one) for name, one in zip(("red", "green", "blue"), colours, strict=True)]
-        return concat([_long(image, *part, query) for part in parts], ignore_index=True)
+        query = "cls" if self._of_class else "patches"
+        return concat([_long(image, *part, query) for part in parts], ignore_index=True).assign(
+            no_rollout=self._why_not
+        )
 
     def _take(self, seen: "Attention") -> None:
         import torch
 
+        from ssat_probe import geometry
         from ssat_probe.measures.rollout import with_block
 
-        size = self._prefix + self._grid[0] * self._grid[1]
-        if tuple(seen.rows.shape[2:]) != (size, size):
-            raise ValueError(
-                "Attention maps need every block to attend from all tokens to all tokens of one grid, got "
-                f"{seen.rows.shape[2]} queries and {seen.rows.shape[3]} keys in {seen.name}; use heads or histogram."
-            )
-        weights = (seen.rows.softmax(-1) if seen.has_scores else seen.rows).double()
-        below = torch.eye(size, dtype=weights.dtype, device=weights.device)[None]
-        self._rollout = with_block(below if self._rollout is None else self._rollout, weights)
         if seen.block == self._block:
-            self._weights = weights[0]
+            rows = geometry.arranged(seen, "cls" if self._of_class else "patch", "all")
+            self._maps, self._num_prefix = _over_the_image(rows), rows.num_prefix
+        parts, _, queries, keys = seen.rows.shape
+        size = queries if self._rollout is None else self._rollout.shape[-1]
+        if (parts, queries, keys) != (1, size, size):
+            where = f"{parts} windows of {queries} queries" if parts > 1 else f"{queries} queries"
+            self._why_not = self._why_not or (
+                "it needs every block to attend from all tokens to all tokens of one grid, and "
+                f"{seen.name} has {where} and {keys} keys"
+            )
+        if not self._why_not:
+            weights = (seen.rows.softmax(-1) if seen.has_scores else seen.rows).double()
+            below = torch.eye(size, dtype=weights.dtype, device=weights.device)[None]
+            self._rollout = with_block(below if self._rollout is None else self._rollout, weights)
 
-    def _of_query(self, weights: "Tensor") -> "Tensor":
-        """(query, key) to (row, column), renormalised over the patches, in units of uniform attention."""
-        weights = weights.reshape(weights.shape[-2:])[:, self._prefix :]
-        chosen = weights[0] if self._prefix else weights.mean(0)
-        return (chosen / chosen.sum() * len(chosen)).reshape(self._grid).cpu()
+
+def _over_the_image(rows: "Rows") -> "Tensor":
+    """(head, row, column): attention that each key gets from all queries, keys of all windows where they lie."""
+    import torch
+
+    weights = (rows.rows.softmax(-1) if rows.has_scores else rows.rows).double()[0, :, :, rows.num_prefix :]
+    places = rows.key_places[:, rows.num_prefix :].expand(*weights.shape[1:], 2)
+    counts = torch.ones(weights.shape[1:], dtype=torch.bool, device=weights.device)
+    if rows.is_valid is not None:  # padding lies nowhere
+        counts = rows.is_valid.expand(*rows.rows.shape)[0, :, :, rows.num_prefix :].any(0)
+    numbers, sides = torch.zeros_like(counts, dtype=torch.long), []
+    for axis in (0, 1):
+        known = places[..., axis][counts].unique()
+        sides.append(len(known))
+        numbers = numbers * len(known) + torch.searchsorted(known, places[..., axis].contiguous())
+    found = weights.new_zeros(len(weights), sides[0] * sides[1])
+    return found.index_add_(1, numbers[counts], weights[:, counts]).unflatten(1, sides)
+
+
+def _in_units_of_uniform(weights: "Tensor") -> "Tensor":
+    """Renormalised over the keys of the map, times their number."""
+    return (weights / weights.sum() * weights.numel()).cpu()
 
 
 def _long(image: int, kind: str, block: int, head: int, values: "Tensor", query: str) -> "DataFrame":
