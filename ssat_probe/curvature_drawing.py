@@ -98,8 +98,8 @@ def _spectrum(ax: Axes, table: DataFrame, low: float, high: float, bulk: float) 
             curve = width * np.hypot(grid, bulk) * smoothed(rows, grid, bulk, width / 2)
             highest = max(highest, curve.max())
             ax.plot(grid, curve, color=look["color"], linestyle=look["linestyle"], label=_LABELS[method])
+    ax.set_ylim(_LEAST, 3 * highest)  # before the scale, which warns of a part without eigenvalues
     ax.set_yscale("log")
-    ax.set_ylim(_LEAST, 3 * highest)
     ax.set_xscale("asinh", linear_width=bulk)
     ax.minorticks_off()
     decades = [sign * 10.0**power for power in range(-9, 7, 2 if high > 0 else 1) for sign in (-1, 1)]

@@ -42,6 +42,9 @@ def is_up_to_date(
 
     record = _record(out / f"{name or name_of(probe)}.json")
     found = {"source": plain(dataclasses.asdict(Source()))} | record  # earlier versions did not record it
+    usual = {field.name: field.default for field in dataclasses.fields(probe)}  # of options younger than the table
+    usual = {name: value for name, value in usual.items() if value is not dataclasses.MISSING}
+    found["options"] = plain(usual) | found.get("options", {})
     for key, value in asked(probe, sample, source).items():
         there, wanted = (_without(one, but) if key == "options" else one for one in (found.get(key, {}), value))
         if there != wanted:

@@ -21,6 +21,12 @@ _SHOWN = {
 }
 
 
+_OF_LISSA = (
+    "damping",
+    "damping_koh_liang",
+    "scale",
+    *(f"inverse_residual_{solver}" for solver in ("lissa", "lissa_batches", "cg", "minres")),
+)
 _SHARES = ("mass_below", "near_zero_mass", "negative_fraction")
 
 
@@ -73,19 +79,25 @@ def _summary(one: DataFrame) -> dict[str, str]:
         shown = ("nep", "ape", "power_nep", "power_ape", "num_batches", "batch_size")
         return {name: _cell(one, name) for name in shown}
     row = {}
+    is_lissa = (one["quantity"] == "inverse_residual_lissa").any()  # alone: its shares and trace say little
     for quantity in ("lambda_max", "lambda_min"):
         row[quantity] = _cell(one, quantity, ".4g")
-        if row[quantity] and entry_of(one, quantity)["converged"] != 1:
-            row[quantity] += "*"
-        row[quantity] += _data_error(one, quantity)
+        row[quantity] += _star(one, quantity) + _data_error(one, quantity)
     row["lambda_ratio"] = _cell(one, "lambda_ratio")
     row["negative_energy"] = _cell(one, "negative_energy") + _data_error(one, "negative_energy")
+    if is_lissa:
+        return row | {name: _cell(one, name) + _star(one, name) for name in _OF_LISSA}
     for tau in one.loc[one["quantity"] == "mass_below", "tau"].sort_values():
         row[f"below -{tau:g} λmax"] = _cell(one, "mass_below", tau=tau)
     row["near_zero_mass"] = _cell(one, "near_zero_mass")
     row["negative_fraction"] = _cell(one, "negative_fraction")
     row["trace"] = _cell(one, "trace") + _data_error(one, "trace")
     return row
+
+
+def _star(one: DataFrame, quantity: str) -> str:
+    """A star at what has not converged."""
+    return "*" if (one.loc[one["quantity"] == quantity, "converged"].iloc[:1] == 0).any() else ""
 
 
 def _cell(one: DataFrame, quantity: str, form: str = ".3g", tau: float | None = None) -> str:

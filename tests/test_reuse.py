@@ -42,6 +42,11 @@ def test_a_result_is_up_to_date_until_anything_about_it_changes(checkpoints: Pat
     assert not reuse.is_up_to_date(one, [path], SAMPLE, out)
     record.write_text(json.dumps(json.loads(whole) | {"versions": {"ssat-probe": "0.0.0"}}))
     assert not reuse.is_up_to_date(one, [path], SAMPLE, out)
+    older = json.loads(whole)
+    del older["options"]["queries"]  # as if the option had come later: then its default was what happened
+    record.write_text(json.dumps(older))
+    assert reuse.is_up_to_date(one, [path], SAMPLE, out)
+    assert not reuse.is_up_to_date(probe.make("attention", queries="cls"), [path], SAMPLE, out)
     record.write_text(whole)
     (out / "attention.csv").unlink()
     assert not reuse.is_up_to_date(one, [path], SAMPLE, out)

@@ -1,4 +1,4 @@
-"""Inverse of a damped Hessian times a vector: LiSSA, calibrated and watched; CG and MINRES; eigenvalues through it."""
+"""Inverse of a damped Hessian times a vector: LiSSA, watched; CG and MINRES; eigenvalues through it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ssat_probe.measures.calibration import Calibration, Product, ends
 from ssat_probe.measures.lanczos import Krylov, lanczos, ritz
 
-Product = Callable[[Tensor], Tensor]
-
-CONVENTIONS = ("absolute", "koh_liang")
 SOLVERS = ("lissa", "cg", "minres")
-MARGIN = 2.0  # damping in units of |λmin|: the smallest damped eigenvalue is |λmin|; ours, cost against distance
-LEAST_SHARE = 0.05  # least damping in units of λmax: LiSSA then needs some 100 products for 1e-3; ours
-SAFETY = 1.2  # scale in units of the smallest that converges; ours, for a λmax known to a per cent
-PILOT_STEPS = 40  # of the Lanczos runs that calibrate; both ends of a network's Hessian are found by then
-BATCH_STEPS = 15  # of those that find λmax of a mini-batch; the largest eigenvalue comes first
+MAX_STEPS = 10_000  # of a recursion: Koh & Liang's recursion_depth
 CHECK_EVERY = 25  # stochastic steps between two true residuals; tuned, no source
 INNER = 3e-3  # residual of LiSSA below Lanczos over 1/√n, the share of one of n directions in a random vector; ours
 INNER_ROUNDINGS = 40  # the same at least, in machine epsilons of the products, which allow no less; ours
@@ -28,33 +22,6 @@ _GROWN = 10  # a residual this many times the least one so far is divergence
 _ROUNDING = 1e-4  # ... unless it is as small as this, where products of float32 may leave it to wander; ours
 _STALLED = 20  # steps without a smaller residual, among those, end the recursion; ours
 _VANISHED = 1e-300
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Damping and scale with which the recursion of LiSSA converges."""
-
-    damping: float
-    "Added to every eigenvalue, in their units."
-    scale: float
-    "Every product is divided by it; more than half the largest damped eigenvalue of any batch."
-
-    def in_convention(self, convention: str) -> tuple[float, float]:
-        """The two numbers as other code wants them.
-
-        Args:
-            convention: ``absolute``: damping is added to the Hessian, (H + damping) x = v. ``koh_liang``: the recursion
-                h ← v + (1 - damping) h - H h / scale, where the Hessian gets damping times scale.
-
-        Returns:
-            Damping and scale in that convention.
-
-        Raises:
-            ValueError: If the convention is unknown.
-        """
-        if convention not in CONVENTIONS:
-            raise ValueError(f"The convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}. Name one.")
-        return (self.damping if convention == "absolute" else self.damping / self.scale), self.scale
 
 
 @dataclass(frozen=True)
@@ -71,70 +38,13 @@ class Solution:
     "Of the Hessians of mini-batches."
 
 
-def calibrate(smallest: float, largest: float, largest_of_a_batch: float | None = None) -> Calibration:
-    """Damping above the negative edge, scale from the largest curvature of the batches that are used.
-
-    Args:
-        smallest: λmin of the Hessian over all images.
-        largest: λmax of it.
-        largest_of_a_batch: λmax of the Hessian of a mini-batch, if products of mini-batches are used; it is larger.
-
-    Returns:
-        Damping: twice |λmin|, at least a twentieth of λmax. Scale: half the largest damped eigenvalue, and a
-            fifth more.
-    """
-    damping = max(MARGIN * max(-smallest, 0.0), LEAST_SHARE * abs(largest))
-    return Calibration(damping, SAFETY * (max(largest, largest_of_a_batch or largest) + damping) / 2)
-
-
-def calibrated(
-    product: Product,
-    size: int,
-    batch_products: Sequence[Product] = (),
-    *,
-    seed: int = 0,
-    precision: float = 2.0**-52,
-    device: torch.device | str = "cpu",
-) -> Calibration:
-    """`calibrate` on what Lanczos runs find: λmin and λmax over all images, the greatest λmax of the mini-batches.
-
-    Args:
-        product: Hessian over all images times vector.
-        size: Dimension.
-        batch_products: Hessian of each mini-batch times vector, if the recursion is to use them.
-        seed: Of the start vectors.
-        precision: Machine epsilon of the products.
-        device: Where vectors live.
-
-    Returns:
-        Damping and scale; ``PILOT_STEPS`` products were spent, and ``BATCH_STEPS`` of each mini-batch.
-    """
-    options: dict[str, Any] = {"seed": seed, "precision": precision, "device": device}
-    pilot = ritz(lanczos(product, size, PILOT_STEPS, **options)).values
-    tops = [float(ritz(lanczos(one, size, BATCH_STEPS, **options)).values[-1]) for one in batch_products]
-    return calibrate(float(pilot[0]), float(pilot[-1]), max(tops, default=None))
-
-
-def from_koh_liang(damping: float, scale: float) -> Calibration:
-    """Calibration that repeats settings of code in the convention of Koh & Liang.
-
-    Args:
-        damping: Their ``damping``, a share of the scale.
-        scale: Their ``scale``.
-
-    Returns:
-        The same recursion in absolute terms.
-    """
-    return Calibration(damping * scale, scale)
-
-
 def lissa(
     product: Product,
     vector: Float64[Tensor, " parameter"],
     calibration: Calibration,
     *,
     tolerance: float = 1e-3,
-    max_steps: int = 10_000,
+    max_steps: int = MAX_STEPS,
     batch_products: Sequence[Product] = (),
     repeats: int = 1,
     seed: int = 0,
@@ -149,7 +59,7 @@ def lissa(
     Args:
         product: Hessian over all images times vector.
         vector: Right-hand side v.
-        calibration: From `calibrate`.
+        calibration: From `calibrate` or `from_koh_liang`.
         tolerance: Stop when the true residual is at most this share of ‖v‖.
         max_steps: Stop there at the latest; the solution then says that it has not converged.
         batch_products: Hessian of each mini-batch times vector: one drawn at random per step. None means that each
@@ -158,10 +68,11 @@ def lissa(
         seed: Of the draws.
 
     Returns:
-        The best solution whose true residual was seen; with repeats their mean, with its true residual.
+        The best solution that was seen; with mini-batches the mean of where the recursions end. The true residual is
+            that of the vector returned.
 
     Raises:
-        ValueError: If the recursion diverges: with the direction's curvature, and which number to raise. If repeats
+        ValueError: If the recursion diverges: with the curvature to blame, and which number to raise. If repeats
             would all be the same.
 
     References:
@@ -174,7 +85,7 @@ def lissa(
         )
     limits: dict[str, Any] = {"tolerance": tolerance, "max_steps": max_steps, "batch_products": batch_products}
     chains = [_chain(product, vector, calibration, seed=(seed, i), **limits) for i in range(repeats)]
-    if repeats == 1:
+    if not batch_products:
         return chains[0][0]
     mean = torch.stack([last for _, last in chains]).mean(dim=0)  # the best seen of each would be biased
     remaining = vector - product(mean) - calibration.damping * mean
@@ -208,7 +119,7 @@ def _chain(
             residual = float(remaining.norm()) / length
             usual = 1.0 if batch_products else max(least, tolerance, _ROUNDING)  # with mini-batches it goes up and down
             if not residual <= _GROWN * usual:
-                raise ValueError(_diverged(product, remaining, calibration, residual, spent))
+                raise ValueError(_diverged(product, vector, calibration, batch_products, residual, step))
             since = 0 if residual < least else since + 1
             if residual <= least:
                 best, least = now, residual
@@ -219,20 +130,31 @@ def _chain(
     return Solution(best, least, spent, least <= tolerance, step + 1 - spent), now
 
 
-def _diverged(product: Product, remaining: Tensor, calibration: Calibration, residual: float, spent: int) -> str:
-    """Which condition of convergence is broken, from the direction that grows."""
-    direction = torch.nan_to_num(remaining, posinf=0.0, neginf=0.0)
-    direction = direction / max(float(direction.norm()), _VANISHED)
-    curvature = float(direction @ product(direction))
-    found = f"got a residual of {residual:.3g} after {spent} products along a direction of curvature {curvature:.4g}"
-    if curvature + calibration.damping <= 0:
-        return (
-            f"The damping of LiSSA must exceed |λmin|, {found} with damping {calibration.damping:.4g}. "
-            f"Raise the damping above {-curvature:.4g}."
-        )
+def _diverged(
+    product: Product,
+    vector: Tensor,
+    calibration: Calibration,
+    batch_products: Sequence[Product],
+    residual: float,
+    step: int,
+) -> str:
+    """Which conditions of convergence are broken, and by what curvature: what grows may have overflowed by then."""
+    smallest, largest, of_a_batch = ends(product, len(vector), batch_products, device=vector.device)
+    largest = max(largest, of_a_batch or largest)
+    (damping, scale), is_share = calibration.in_convention(calibration.convention), calibration.convention != "absolute"
+    if is_share:  # damping × scale is added, so that the scale raises it too
+        least_scale = max(largest / (2 - damping), (largest - smallest) / 2)
+        least_damping = -smallest / max(scale, least_scale)
+    else:
+        least_scale, least_damping = (largest + max(damping, -smallest)) / 2, -smallest
+    wanted = [f"damping above {least_damping:.4g}"] if damping <= least_damping else []
+    wanted += [f"scale above {least_scale:.4g}"] if scale <= least_scale else []
+    found = f"λmin = {smallest:.4g} over all images, λmax = {largest:.4g}" + " of a mini-batch" * bool(batch_products)
+    added = "damping × scale" if is_share else "damping"
     return (
-        f"The scale of LiSSA must exceed half of λmax + damping, of the mini-batches if they are used, {found} with "
-        f"scale {calibration.scale:.4g}. Raise the scale above {(curvature + calibration.damping) / 2:.4g}."
+        f"LiSSA (convention {calibration.convention}) must have 0 < λ + {added} < 2 scale for every eigenvalue λ, got "
+        f"{found}, damping {damping:.4g} and scale {scale:.4g}, and a residual {residual:.3g} times the right-hand "
+        f"side after {step} steps. Take a {' and a '.join(wanted) or 'larger scale, or larger mini-batches'}."
     )
 
 
@@ -273,11 +195,17 @@ def krylov_solve(
 
     size = len(vector)
     matrix = sparse.LinearOperator((size, size), matvec=damped, dtype=np.float64)
-    # MINRES stops on an estimate relative to the operator's norm: a margin, then the true residual decides
-    options = {"rtol": tolerance if solver == "cg" else tolerance / 100, "maxiter": max_steps}
     right = vector.cpu().numpy()
-    found, _ = getattr(sparse, solver)(matrix, right, **options)
-    residual = float(np.linalg.norm(damped(found) - right) / max(float(np.linalg.norm(right)), _VANISHED))
+    length = max(float(np.linalg.norm(right)), _VANISHED)
+    found, remaining, residual, before = np.zeros(size), right, 1.0, np.inf
+    # both stop on estimates, MINRES on one relative to ‖matrix‖ ‖x‖: the true residual decides whether to go on
+    while tolerance < residual < before / 2 and spent < max_steps:
+        limits = {"rtol": tolerance / residual * (1 if solver == "cg" else 1e-2), "maxiter": max_steps - spent}
+        nearer = found + getattr(sparse, solver)(matrix, remaining, **limits)[0]
+        left = right - damped(nearer)
+        before, now = residual, float(np.linalg.norm(left)) / length
+        if now < residual:
+            found, remaining, residual = nearer, left, now
     return Solution(torch.from_numpy(found).to(vector), residual, spent, residual <= tolerance)
 
 
@@ -288,6 +216,7 @@ def inverse_product(
     solver: str = "lissa",
     *,
     tolerance: float = 1e-3,
+    max_steps: int = MAX_STEPS,
 ) -> Solution:
     """(H + damping)⁻¹ times a vector by any of the solvers, to the same true residual.
 
@@ -297,12 +226,13 @@ def inverse_product(
         calibration: CG and MINRES take its damping alone.
         solver: One of ``SOLVERS``.
         tolerance: Of the true residual.
+        max_steps: Of LiSSA alone.
 
     Returns:
         The solution; an unknown solver is a ValueError.
     """
     if solver == "lissa":
-        return lissa(product, vector, calibration, tolerance=tolerance)
+        return lissa(product, vector, calibration, tolerance=tolerance, max_steps=max_steps)
     return krylov_solve(product, vector, calibration.damping, solver, tolerance=tolerance)
 
 
@@ -325,6 +255,7 @@ def inverse_eigenvalues(
     steps: int,
     *,
     tolerance: float | None = None,
+    max_steps: int = MAX_STEPS,
     precision: float = 2.0**-52,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -342,6 +273,7 @@ def inverse_eigenvalues(
         steps: Of the outer Lanczos run; each takes as many products as LiSSA needs.
         tolerance: Of the true residual of each inner solution; None means ``INNER`` / √n, or what the precision allows:
             one direction of n is a share of 1/√n of the start vector, and worse solutions would drown it.
+        max_steps: Of each inner solution.
         precision: Machine epsilon of the products.
         seed: Of the start vector.
         device: Where vectors live.
@@ -355,13 +287,14 @@ def inverse_eigenvalues(
 
     def inverse(vector: Tensor) -> Tensor:
         nonlocal spent, worst
-        solution = lissa(product, vector, calibration, tolerance=tolerance)
+        solution = lissa(product, vector, calibration, tolerance=tolerance, max_steps=max_steps)
         spent, worst = spent + solution.num_products, max(worst, solution.residual)
         return solution.vector
 
     krylov: Krylov = lanczos(inverse, size, steps, seed=seed, precision=tolerance, device=device, on_step=on_step)
     found = ritz(krylov)
-    radius = found.residuals + worst * found.values[-1]
+    # ‖inverse‖ (1 - worst) ≤ ‖what is applied‖, of which the largest value is known
+    radius = found.residuals + (worst / (1 - worst) if worst < 1 else np.inf) * found.values[-1]
     inverses = np.maximum(found.values, _VANISHED)
     far = np.where(inverses > radius, 1 / np.maximum(inverses - radius, _VANISHED), np.inf)
     order = np.argsort(1 / inverses)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ssat_probe.measures import spectrum
 from ssat_probe.measures.batches import average_positive, batch_ends, negative_proportion, signed_power
+from ssat_probe.measures.calibration import CALIBRATED, Calibration, Recursion, calibrated
 from ssat_probe.measures.certificate import Certificate
 from ssat_probe.measures.exact import AGREEMENT, exact_spectrum
 from ssat_probe.measures.hessian import CHUNK, Evaluation, HessianOperator
 from ssat_probe.measures.inverse import (
+    MAX_STEPS,
     SOLVERS,
-    Calibration,
     Solution,
-    calibrated,
     inverse_eigenvalues,
     inverse_product,
     lissa,
@@ -59,6 +59,8 @@ class Settings:
     "Whether a Lanczos run is followed by a jackknife over batches."
     solvers: bool = False
     "Whether the eigenvalues by LiSSA are followed by a comparison of solvers on one right-hand side."
+    recursion: Recursion = CALIBRATED
+    "Of LiSSA; what is not set is calibrated."
     on_step: Callable[[int], None] | None = None
     on_run: Callable[[Krylov], None] | None = None
     "Given the first Lanczos run, with its basis."
@@ -253,15 +255,10 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
     with operator:
         seed, device = settings.seed, operator.device
         options: dict[str, Any] = {"seed": seed, "device": device, "precision": operator.precision}
-        calibration = calibrated(operator.product, operator.size, **options)
-        found = inverse_eigenvalues(
-            operator.product,
-            operator.size,
-            calibration,
-            min(settings.steps, LISSA_STEPS),
-            on_step=settings.on_step,
-            **options,
-        )
+        calibration = settings.recursion.calibration or calibrated(operator.product, operator.size, **options)
+        options |= {"max_steps": _steps_of(settings.recursion), "on_step": settings.on_step}
+        num_steps = min(settings.steps, LISSA_STEPS)
+        found = inverse_eigenvalues(operator.product, operator.size, calibration, num_steps, **options)
     values, weights = found.values, found.weights
     num = min(spectrum.NUM_ENDS, (len(values) + 1) // 2)
 
@@ -296,6 +293,11 @@ def _lissa(operator: HessianOperator, settings: Settings) -> Rows:
     ]
 
 
+def _steps_of(recursion: Recursion) -> int:
+    """Of a recursion over all images: Koh & Liang's begins with the first step's result, ours ends with a residual."""
+    return MAX_STEPS if recursion.recursion_depth is None else recursion.recursion_depth + 2
+
+
 def _solver_rows(operator: HessianOperator, calibration: Calibration, settings: Settings) -> Rows:
     """One damped inverse times one random vector by every solver: true residual, and products that it took."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -303,17 +305,23 @@ def _solver_rows(operator: HessianOperator, calibration: Calibration, settings: 
     options: dict[str, Any] = {"reduction": operator.reduction, "coordinates": operator.coordinates}
     parts = [HessianOperator(operator.parameters, operator.loss, [pair], **options) for pair in operator.batches]
     products = [part.product for part in parts]
+    rows: Rows = []
     with operator:
+        limit = _steps_of(settings.recursion)
         found: dict[str, Solution] = {
-            solver: inverse_product(operator.product, vector, calibration, solver) for solver in SOLVERS
+            solver: inverse_product(operator.product, vector, calibration, solver, max_steps=limit)
+            for solver in SOLVERS
         }
         if len(parts) > 1 and not operator.is_sharded:  # a process has not all of the mini-batches
-            device: dict[str, Any] = {"precision": operator.precision, "device": operator.device}
-            noisy = calibrated(operator.product, operator.size, products, seed=settings.seed, **device)
-            found["lissa_batches"] = lissa(
-                operator.product, vector, noisy, batch_products=products, max_steps=MOST_STEPS, seed=settings.seed
-            )
-    rows: Rows = []
+            more: dict[str, Any] = {"precision": operator.precision, "device": operator.device, "seed": settings.seed}
+            noisy = settings.recursion.calibration or calibrated(operator.product, operator.size, products, **more)
+            depth = settings.recursion.recursion_depth
+            many: dict[str, Any] = {"repeats": settings.recursion.num_samples, "seed": settings.seed}
+            many["max_steps"] = MOST_STEPS if depth is None else depth + 1
+            found["lissa_batches"] = lissa(operator.product, vector, noisy, batch_products=products, **many)
+            rows.append({"quantity": "scale_batches", "value": noisy.scale, "unit": "loss"})
+            sizes = [num for _, num in operator.batches]
+            rows.append({"quantity": "batch_size", "value": float(np.mean(sizes))})
     for solver, solution in found.items():
         flag = {"converged": float(solution.converged)}
         rows.append({"quantity": f"inverse_residual_{solver}", "value": solution.residual} | flag)

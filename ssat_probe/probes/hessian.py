@@ -65,6 +65,8 @@ class Probe:
     "Shares below -τ λmax are given for these τ, and the share near zero for the least; others need no new product."
     bandwidth: float = 0.1
     "Least width of smoothed densities, as a share of an eigenvalue far out; another needs no new product."
+    lissa: tuple[str, ...] = ()
+    "Koh & Liang's settings of LiSSA: damping=0.01 scale=25 recursion_depth=5000 num_samples=4; none: calibrated."
 
     split: ClassVar[str] = "train"
     resumes: ClassVar[bool] = True
@@ -113,6 +115,7 @@ class Probe:
         """
         import pandas as pd
 
+        from ssat_probe.measures.calibration import recursion
         from ssat_probe.measures.certificate import certify
         from ssat_probe.measures.methods import Settings, compared, rows_of
         from ssat_probe.measures.processes import place
@@ -136,6 +139,7 @@ class Probe:
             bystanders=tuple(everything.values()),
             jackknife=self.jackknife,
             solvers=True,
+            recursion=recursion(self.lissa),
             on_step=on_step,
             on_run=on_run,
             until=tuple(map(until, self.until)),
@@ -209,6 +213,7 @@ class Probe:
         from ssat_probe.measures.selection import selected
 
         self._check()
+        self._check_lissa(subject)
         is_exact = "exact" in (self.method, *self.compare)
         subject = in_float64(subject) if is_exact else subject
         everything = subject.parameters(self.loss)
@@ -276,6 +281,34 @@ class Probe:
             raise ValueError(
                 "--vectors keeps eigenvectors of the whole Hessian, found by at least 4 Lanczos steps, got another "
                 "matrix, method or selection; leave --method, --matrix, --compare and --params out."
+            )
+
+    def _check_lissa(self, subject: "Subject") -> None:
+        """Refuse settings of LiSSA that are out of range, or that nothing would come of."""
+        from ssat_probe.measures.calibration import recursion
+        from ssat_probe.measures.processes import place
+
+        asked, methods = recursion(self.lissa), self.compare or (self.method,)
+        if self.lissa and "lissa" not in methods:
+            raise ValueError(
+                f"--lissa must go with the method lissa, got {' '.join(methods)}. Add --method lissa, or leave it out."
+            )
+        if asked.num_samples == 1:
+            return
+        is_one = subject.num_images <= subject.sample.batch_size
+        why = (
+            "--compare"
+            if self.compare
+            else f"{place()[1]} processes"
+            if place()[1] > 1
+            else "one batch"
+            if is_one
+            else ""
+        )
+        if why:
+            raise ValueError(
+                "num_samples averages recursions of LiSSA over several mini-batches, for one process without "
+                f"--compare, got {why}. Leave num_samples out, or take a smaller --batch-size."
             )
 
     def _edge(self, subject: "Subject") -> list[dict[str, Any]]:
