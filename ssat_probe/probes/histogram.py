@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from ssat_probe.table import Column, with_spread
+from ssat_probe.paired import Paired
+from ssat_probe.table import Column, with_difference, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ssat_probe.geometry import Rows
-    from ssat_probe.observation import Sum, Values
+    from ssat_probe.observation import Observation, Sum, Values
     from ssat_probe.subject import Subject
 
 _SHARE = Column("share", "", "share of the weights in the bin; sums to 1 over the bins of a block")
+_MASS = Column("mass", "", "share of the attention that the weights in the bin hold")
+_NAMES = ("share", "mass")
 
 # Weights per decade below which nothing is drawn: one in a thousand.
 _LEAST_DENSITY = 1e-3
@@ -25,7 +28,7 @@ _MOST_PANELS = 6
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Paired):
     """Distribution of the attention weights, per block."""
 
     untrained_twin: bool = True
@@ -37,32 +40,32 @@ class Probe:
         Column("log_weight", "log10", "middle of the bin of weight x number of keys: 0 is uniform attention"),
         *with_spread(_SHARE),
         Column("density", "1/decade", "share / width of the bin"),
-        *with_spread(Column("mass", "", "share of the attention that the weights in the bin hold")),
+        *with_spread(_MASS),
+        *with_difference(_SHARE),
+        *with_difference(_MASS),
         Column("num_images", "", "number of images"),
     )
     policy: ClassVar[str] = "queries patch, keys patch"
 
-    def measure(self, subject: "Subject") -> "DataFrame":
-        """One row per block and bin; queries and keys are patch tokens, rows renormalised over these.
-
-        Args:
-            subject: Its model is in eval mode and has ``blocks`` and ``num_prefix_tokens``.
-
-        Returns:
-            The columns of this probe.
-        """
-        from pandas import DataFrame
-
+    def observe(self, subject: "Subject") -> "Observation":
+        """Means over the images; queries and keys are patch tokens, rows renormalised over these."""
         from ssat_probe import capture, geometry, observation
-        from ssat_probe.measures.histogram import EDGES
 
         blocks = capture.blocks_with(subject.model, "patch")
-        seen = observation.of_attention(subject, lambda one: _sums(geometry.arranged(one)), _shares, blocks)
+        return observation.of_attention(subject, lambda one: _sums(geometry.arranged(one)), _shares, blocks)
+
+    def tabulate(self, seen: "Observation", first: "Observation | None") -> "DataFrame":
+        """One row per block and bin."""
+        from pandas import DataFrame
+
+        from ssat_probe.measures.histogram import EDGES
+
         rows = []
         for block, one in seen.statistics.items():
+            other = first.statistics[block] if first else None
             for i, (low, high) in enumerate(pairwise(EDGES)):
                 row = {"block": block, "log_weight": (low + high) / 2, "num_images": seen.num_images}
-                row |= one.spread("share", i) | one.spread("mass", i)
+                row |= one.spread("share", i) | one.spread("mass", i) | one.differences(_NAMES, other, i)
                 rows.append(row | {"density": row["share"] / (high - low)})
         return DataFrame(rows)[[column.name for column in self.columns]]
 
