@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ssat_probe import kernel
 from ssat_probe.execution import Execution
-from ssat_probe.kernel import KERNELS, Attention, fastest
+from ssat_probe.kernel import KERNELS, SHORT_ROW, Attention, fastest
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import train
 
@@ -46,6 +46,19 @@ def test_low_precision_is_off_by_its_rounding_alone(name: str) -> None:
     got = KERNELS[name](*given)
     assert got.dtype == torch.bfloat16
     assert (got.double() - exact).abs().max() < 3 * 2**-8 * float(given[2].detach().abs().max())
+
+
+@pytest.mark.parametrize("keys", [SHORT_ROW - 1, SHORT_ROW])
+def test_short_rows_are_weighted_in_float32_and_rounded_once(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, own = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, dim: seen.append(scores.dtype) or own(scores, dim))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, keys, 7, generator=generator).bfloat16() for _ in range(3))
+    got = KERNELS["plain"](query, key, value)
+    assert seen == [torch.float32 if keys < SHORT_ROW else torch.bfloat16]
+    assert got.dtype == torch.bfloat16
+    exact = F.scaled_dot_product_attention(*(part.double() for part in (query, key, value)))
+    assert (got.double() - exact).abs().max() < 3 * 2**-8 * float(value.abs().max())
 
 
 @pytest.mark.parametrize(
