@@ -38,7 +38,9 @@ class StreamingSingularValues:
         """Nothing seen yet."""
         self._count = 0
         self._mean = torch.zeros(0)
-        self._factor = torch.zeros(0)
+        self._factor = torch.zeros(
+            0
+        )  # rows, while there are few; then the upper triangle of R in a row: half of it is 0
         self._waiting: list[Tensor] = []
         self._squares = 0.0
         self._rounding = 0.0
@@ -65,7 +67,7 @@ class StreamingSingularValues:
         for one in (self, other):
             one._reduce()
         if other._count:
-            self._take_in(other._count, other._mean, other._factor)
+            self._take_in(other._count, other._mean, other._rows)
             self._squares += other._squares
             self._rounding = max(self._rounding, other._rounding)
 
@@ -81,10 +83,20 @@ class StreamingSingularValues:
         total = self._count + count
         step = mean - self._mean
         apart = (self._count * count / total) ** 0.5 * step
-        stack = torch.cat([self._factor, centred, apart[None]])
-        self._factor = torch.linalg.qr(stack, mode="r").R if len(stack) > len(mean) else stack
+        stack = torch.cat([self._rows, centred, apart[None]])
+        is_tall = len(stack) > len(mean)
+        self._factor = torch.linalg.qr(stack, mode="r").R[_triangle(len(mean))] if is_tall else stack
         self._mean = self._mean + step * count / total
         self._count = total
+
+    @property
+    def _rows(self) -> Tensor:
+        """As few rows as have the singular values of all, centred."""
+        if self._factor.ndim == 2:
+            return self._factor
+        rows = self._factor.new_zeros(len(self._mean), len(self._mean))
+        rows[_triangle(len(rows))] = self._factor
+        return rows
 
     @property
     def count(self) -> int:
@@ -101,7 +113,7 @@ class StreamingSingularValues:
     def values(self) -> Float[Tensor, " value"]:
         """As many as `ceiling`, descending; NaN where all rows are equal up to rounding."""
         ceiling = self.ceiling
-        values = torch.linalg.svdvals(self._factor)[:ceiling]
+        values = torch.linalg.svdvals(self._rows)[:ceiling]
         is_degenerate = values.square().sum() ** 0.5 <= _DEGENERATE_ROUNDINGS * self._rounding * self._squares**0.5
         return values.masked_fill(is_degenerate, torch.nan)
 
@@ -174,6 +186,11 @@ class JackknifedSingularValues:
             }
             result |= {f"{name}_low": value - half, f"{name}_high": value + half}
         return result
+
+
+def _triangle(size: int) -> Tensor:
+    """(row, column): True on and above the diagonal."""
+    return torch.ones(size, size, dtype=torch.bool).triu()
 
 
 def _merged(one: StreamingSingularValues, other: StreamingSingularValues) -> StreamingSingularValues:

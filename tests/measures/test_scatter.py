@@ -69,6 +69,33 @@ def test_groups_together_are_the_whole_whatever_the_batches(generator):
         torch.testing.assert_close(jackknifed(rows, size).whole.values, streamed(rows).values, rtol=1e-13, atol=0)
 
 
+def held(seen: JackknifedSingularValues) -> int:
+    """Bytes of everything that hangs on it, views counted with all that they keep alive."""
+    storages: dict[int, int] = {}
+    places: list[object] = [seen]
+    while places:
+        one = places.pop()
+        if isinstance(one, torch.Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, list | tuple):
+            places += one
+        elif hasattr(one, "__dict__"):
+            places += vars(one).values()
+    return sum(storages.values())
+
+
+def test_what_is_held_is_half_a_square_a_group_whatever_the_number_of_images(generator):
+    dim, seen, found, start = 31, JackknifedSingularValues(), [], 0
+    for until in (50, 640, 6400, 12800):  # multiples of 640: 64 of each group, so that none waits
+        rows = torch.randn(until - start, dim, generator=generator(f"{until}"), dtype=torch.float64)
+        for ids in torch.arange(start, until).split(320):
+            seen.add(ids, rows[ids - start])
+        found.append(held(seen))
+        start = until
+    assert found[0] == 50 * dim * 8  # a few rows are kept as they are
+    assert found[1:] == [NUM_GROUPS * (dim * (dim + 1) // 2 + dim) * 8] * 3
+
+
 def test_leaving_out_groups_is_as_if_they_had_not_been_there(generator):
     rows = rows_of(generator, "rows")
     counts, others = jackknifed(rows).without_each()
