@@ -194,7 +194,7 @@ def of_features(
                 if as_maps and site not in seen.grids:
                     raise ValueError(
                         f"The model must say the grid of its patches, got a {type(subject.model).__name__} that does "
-                        "not. Set 'grid' on it."
+                        "not. Use probes that need no maps: variance, tokens, spectrum or similarity."
                     )
                 seen.statistics[site].add(ids, measure(tokens.unflatten(1, seen.grids[site]) if as_maps else tokens))
                 also(site, tokens, ids)

@@ -326,7 +326,8 @@ class _Subjects:
 def _twin_label(subject: "Subject") -> str:
     recipe = subject.checkpoint.recipe
     patch = "x".join(map(str, recipe.patch_size or ()))
-    return f"{recipe.model}-{recipe.data}-untrained-patch{patch}-seed{recipe.seed}"
+    parts = (recipe.model, recipe.data, "untrained", f"patch{patch}", f"seed{recipe.seed or 0}")
+    return "-".join(part for part in parts if part)  # of foreign weights neither data nor seed are known
 
 
 def _with_identity(table: "DataFrame", identity: dict[str, Any]) -> "DataFrame":

@@ -167,6 +167,12 @@ def test_the_untrained_twin_has_the_architecture_and_other_weights(saved: Path) 
     assert (twins[0].checkpoint.epoch, twins[0].model.training) == (0, False)
 
 
+def test_the_name_of_the_twin_says_what_is_known(saved: Path) -> None:
+    table = measure("variance", [saved], **FEW | {"model": SMALL.model, "img_size": (32,), "num_images": 2})
+    names = table.loc[table["method"] == "untrained", "checkpoint"].unique()
+    assert names.tolist() == [f"{NAME}-untrained-patch16x16-seed0"]
+
+
 def test_a_small_file_whose_names_tell_a_huge_model_is_refused_before_there_is_room(tmp_path: Path) -> None:
     width = 4096
     shapes = {

@@ -41,6 +41,13 @@ def test_a_small_grid_is_refused(checkpoints: Paths) -> None:
         Probe().measure(Subject.of(checkpoints["ssat"], SAMPLE))
 
 
+def test_tokens_that_are_in_no_known_order_are_refused_with_what_to_do() -> None:
+    """NesT's blocks get their patches block by block, of as many as there are in the grid that the model tells."""
+    subject = Subject.of("timm:nest_tiny", Sample(data="digits", num_images=2, batch_size=2, device="cpu"))
+    with pytest.raises(ValueError, match=r"got a Nest that does not\. Use probes that need no maps: variance, tokens"):
+        Probe().measure(subject)
+
+
 def test_differences_are_to_the_first_checkpoint(fine_checkpoints: Paths) -> None:
     table, _ = probe.measure_all(
         Probe(untrained_twin=False), [fine_checkpoints["scratch"], fine_checkpoints["ssat"]], SAMPLE
