@@ -156,7 +156,7 @@ def room(
     batch_size = min(batch_size, num_images)
     fitting = [num for num in range(1, batch_size + 1) if fixed + needs.of(num) <= max_bytes]
     if not fitting:
-        held = f", {taken / 2**30:.3g} of it for dense matrices or the jackknife (--no-jackknife)" if taken else ""
+        held = f", {taken / 2**30:.3g} of it for dense matrices or the jackknife (--jackknife=false)" if taken else ""
         raise ValueError(
             f"memory must be at least {(fixed + needs.of(1)) / 2**30:.3g} GiB for products of {size} parameters with "
             f"one image at a time{held}, got {max_bytes / 2**30:.3g}. Raise --memory, or select fewer --params."

@@ -56,7 +56,7 @@ class Probe:
     most_seconds: float = 3600.0
     "Seconds that an exact spectrum may take; one that is estimated to take longer is refused."
     jackknife: bool = True
-    "Add the error from the choice of images to a Lanczos run: 11 products more. Needs two batches."
+    "Add the error from the choice of images to a Lanczos run: 11 products more, two batches; =false leaves it out."
     augmented: bool = False
     "Look at images changed as in training, each always in the same way."
     l2: bool = False
@@ -223,13 +223,14 @@ class Probe:
         taken = (refuse(parameters, size, self._max_bytes) if is_exact else 0) + 8 * held * size
         budget: Any = {"max_bytes": self._max_bytes, "taken": taken, "num_vectors": self.num_steps and self.steps}
         space = room_for(subject, everything, self.loss, self.params, **budget)
-        if "batches" in (self.method, *self.compare) and place()[1] > 1:
-            whole = min(subject.sample.batch_size, subject.num_images)
-            if space.micro_batch < whole:
-                raise ValueError(
-                    f"The method batches must have whole batches of {whole} images for each of {place()[1]} processes, "
-                    f"got room for {space.micro_batch}. Start fewer, take a smaller --batch-size, or raise --memory."
-                )
+        num, asked = place()[1], self.compare or (self.method,)
+        needing = [name for name in asked if name == "batches" or (name == "lissa" and self.lissa)]
+        if needing and space.micro_batch < (whole := min(subject.sample.batch_size, subject.num_images)):
+            each, fewer = f" for each of {num} processes" * (num > 1), "Start fewer, take" if num > 1 else "Take"
+            raise ValueError(
+                f"The method {needing[0]} must have whole batches of {whole} images{each}, got room for "
+                f"{space.micro_batch}. {fewer} a smaller --batch-size, or raise --memory."
+            )
         chosen: Any = {"params": self.params, "matrix": self.matrix, "is_augmented": self.augmented, "l2": self.l2}
         plain, operator = operators(subject, everything, self.loss, micro_batch=space.micro_batch, **chosen)
         plain.keeps = operator.keeps = space.is_cached
@@ -256,6 +257,12 @@ class Probe:
         for name, least in (("steps", 2), ("probes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}. Take the default.")
+        methods = self.compare or (self.method,)
+        for name, value, unused in (("until", self.until, ()), ("probes", self.probes, 1)):
+            if value != unused and "lanczos" not in methods:
+                raise ValueError(
+                    f"--{name} must go with the method lanczos, got {' '.join(methods)}. Leave it out, or add lanczos."
+                )
         for name, unit in (("memory", "GiB"), ("most_seconds", "s")):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0 {unit}, got {getattr(self, name)}. Take the default.")

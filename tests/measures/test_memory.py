@@ -150,5 +150,7 @@ class TestRoom:
         ):
             room(GIB // 2, 5_000_011, 80, self.needs, 512, 128)
         assert room(int(least * GIB) + 1, 5_000_011, 80, self.needs, 512, 128).micro_batch == 1
-        with pytest.raises(ValueError, match=r"one image at a time, 2 of it for dense .* \(--no-jackknife\), got 1\."):
+        with pytest.raises(
+            ValueError, match=r"one image at a time, 2 of it for dense .* \(--jackknife=false\), got 1\."
+        ):
             room(GIB, 5_000_011, 80, self.needs, 512, 128, taken=2 * GIB)

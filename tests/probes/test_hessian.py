@@ -313,6 +313,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"--vectors must be a folder, .* got 2, which looks like a number"):
             hessian.Probe(vectors=Path("2")).measure(subject)
 
+    @pytest.mark.parametrize(("option", "value"), [("until", ("residual=1e-3",)), ("probes", 2)])
+    def test_options_of_lanczos_without_it(self, subject, option, value):
+        for chosen in ({"method": "exact"}, {"compare": ("exact", "lissa")}):
+            with pytest.raises(ValueError, match=f"--{option} must go with the method lanczos, got exact"):
+                hessian.Probe(**chosen, **{option: value}).measure(subject)
+        hessian.Probe(compare=("exact", "lanczos"), **{option: value})._check()
+
+    @pytest.mark.parametrize(
+        ("method", "settings"), [("batches", ()), ("lissa", ("damping=0.1", "scale=30"))], ids=["batches", "lissa"]
+    )
+    def test_mini_batches_that_do_not_fit_are_not_cut_in_secret(self, method, settings):
+        checkpoint = Path(__file__).parents[2] / "checkpoints" / "vit_nano-digits-scratch-seed0" / "scratch.pt"
+        small: dict[str, Any] = {"method": method, "lissa": settings, "memory": 6e-3, "steps": 2}
+        sample = Sample(num_images=32, batch_size=16, device="cpu")
+        said = (
+            rf"The method {method} must have whole batches of 16 images, got room for \d+\. Take a smaller --batch-size"
+        )
+        with pytest.raises(ValueError, match=said):
+            runner.measure_all(hessian.Probe(**small), [checkpoint], sample)
+
     def test_limits_of_an_exact_spectrum(self, subject):
         with pytest.raises(ValueError, match="most_seconds must be more than 0 s, got 0"):
             hessian.Probe(method="exact", most_seconds=0.0).measure(subject)
