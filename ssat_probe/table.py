@@ -97,19 +97,22 @@ def rows_of(table: "DataFrame", columns: Sequence[Column], probe: str, policy: s
     Returns:
         What names the row (checkpoint, block, head, ...), then ``measure``, ``value``, ``sd``, ``low``, ``high``,
         ``num_images``, ``undefined``, ``unit``, ``definition`` and ``policy``; no rows if it has no such columns.
+        Differences to the first checkpoint have rows where there are any, without ``sd`` and ``undefined``.
     """
     import pandas as pd
 
     spread = {column.of for column in columns if column.name == f"{column.of}_sd"}
+    spread |= {f"{column.of}_difference" for column in columns if column.name == f"{column.of}_difference_low"}
     known = {column.name for column in columns}
     keys = [name for name in table.columns if name not in known or name in KEYS]
+    nothing = pd.Series(float("nan"), index=table.index)
     parts = [
         table[keys].assign(
             measure=column.name,
             value=table[column.name],
-            **{end: table[f"{column.name}_{end}"] for end in ("sd", "low", "high")},
+            **{end: table.get(f"{column.name}_{end}", nothing) for end in ("sd", "low", "high")},
             num_images=table["num_images"],
-            undefined=table[f"{column.name}_undefined"],
+            undefined=table.get(f"{column.name}_undefined", nothing),
             unit=column.unit,
             definition=f"{probe}.{column.name}/{DEFINITIONS}",
             policy=policy,
@@ -117,7 +120,10 @@ def rows_of(table: "DataFrame", columns: Sequence[Column], probe: str, policy: s
         for column in columns
         if column.name in spread
     ]
-    return pd.concat(parts, ignore_index=True) if parts else table.iloc[:0]
+    if not parts:
+        return table.iloc[:0]
+    rows = pd.concat(parts, ignore_index=True)
+    return rows[~rows["measure"].str.endswith("_difference") | rows["value"].notna()].reset_index(drop=True)
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:

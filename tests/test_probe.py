@@ -92,7 +92,16 @@ def test_every_measure_has_a_row_of_its_own_that_says_all_about_it(checkpoints: 
     assert set(entropy["policy"]) == {"queries all, keys patch"}
     assert set(entropy["definition"]) == {"attention.entropy/1"}
     assert (rows["num_images"] == 13).all()
-    assert len(rows) == len(table) * len(rows["measure"].unique())
+    means = rows[~rows["measure"].str.endswith("_difference")]
+    assert len(means) == len(table) * len(means["measure"].unique())
+    apart = rows[rows["measure"] == "entropy_difference"].reset_index()
+    others = table[table["entropy_difference"].notna()].reset_index()  # all but the first checkpoint, and the twin
+    assert len(apart) == len(others) == 3 * 2 * 4
+    for end in ("", "_low", "_high"):
+        np.testing.assert_allclose(apart[end.lstrip("_") or "value"], others[f"entropy_difference{end}"])
+    assert apart[["sd", "undefined"]].isna().all(axis=None)
+    assert set(apart["definition"]) == {"attention.entropy_difference/1"}
+    assert set(apart["unit"]) == {"nat"}
 
 
 @pytest.mark.parametrize("name", ["attention", "heads", "histogram", "tokens", "variance", "fourier"])
