@@ -34,62 +34,33 @@ _measured: dict[str, tuple[str, dict[str, float]]] = {}
 
 
 def fused(query: Heads, key: Heads, value: Heads, scale: float | None = None) -> Heads:
-    """Attention by what torch takes to be best.
-
-    Args:
-        query: Of all heads.
-        key: Of as many tokens as ``value``.
-        value: What is averaged.
-        scale: Of the scores; 1 / √dim where there is none.
-
-    Returns:
-        Of each query the mean of the values, weighted by softmax(scale · query · keys).
-    """
+    """Attention by what torch takes to be best."""
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
 def math(query: Heads, key: Heads, value: Heads, scale: float | None = None) -> Heads:
-    """The same by torch's products in turn, of which low precision is computed in float32.
-
-    Args:
-        query: Of all heads.
-        key: Of as many tokens as ``value``.
-        value: What is averaged.
-        scale: Of the scores; 1 / √dim where there is none.
-
-    Returns:
-        As ``fused``.
-    """
+    """The same by torch's products in turn, of which low precision is computed in float32."""
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return fused(query, key, value, scale)
 
 
 def plain(query: Heads, key: Heads, value: Heads, scale: float | None = None) -> Heads:
-    """The same by two products and a softmax between them, each rounded to the dtype given.
-
-    The softmax itself is computed in float32 inside torch. A result in float32 means that all weights are read and
-    written twice more, which pays for short rows alone. Heads are put one after the other first, each part copied once;
-    left to torch, the keys are also transposed in memory.
-
-    Args:
-        query: Of all heads.
-        key: Of as many tokens as ``value``.
-        value: What is averaged.
-        scale: Of the scores; 1 / √dim where there is none.
-
-    Returns:
-        As ``fused``.
-    """
+    """The same by two products and a softmax between them, each rounded to the dtype given."""
     heads = query.shape[:2]
     with torch.autocast(query.device.type, enabled=False):
+        # Each part is copied once, heads one after the other; torch alone would also transpose the keys in memory.
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         scores = torch.bmm(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.mT)
+        # The softmax is computed in float32 inside torch either way: what would be asked for is that it is also read
+        # and written so, twice more in all.
         is_low = scores.dtype in (torch.bfloat16, torch.float16)
         weights = scores.float() if is_low and scores.shape[-1] < SHORT_ROW else scores
         return torch.bmm(weights.softmax(-1).to(value.dtype), value).unflatten(0, heads)
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {"fused": fused, "math": math, "plain": plain}
+"""Of queries, keys and values of all heads the mean of the values for each query, weighted by softmax(scale · query ·
+keys); the scale is 1 / √dim where none is given."""
 
 
 class Attention(TorchFunctionMode):
