@@ -122,6 +122,8 @@ def test_memory_is_kept_within_and_given_back_after() -> None:
     assert held_after < 0.1
 
 
+# torch's compiler looks at the gradient of every tensor, and hides its own warning of that from all but pytest.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU, and g++ is not here")
 def test_compiled_blocks_are_the_same_but_for_rounding(tmp_path: Path) -> None:
