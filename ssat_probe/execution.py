@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -66,12 +67,13 @@ def blocks_of(network: "nn.Module") -> "list[nn.Module]":
     ]
 
 
-def prepare(network: "nn.Module", execution: Execution) -> None:
+def prepare(network: "nn.Module", execution: Execution, device: "torch.device | str" = "cpu") -> None:
     """Make a network ready for how it is carried out; names and values of its parameters stay.
 
     Args:
         network: Encoder and decoder.
         execution: What is asked for.
+        device: Where it will be.
 
     Raises:
         ValueError: If it cannot be done with this network.
@@ -96,6 +98,11 @@ def prepare(network: "nn.Module", execution: Execution) -> None:
     if execution.channels_last:
         network.to(memory_format=torch.channels_last)
     if execution.compile:
+        # On a CPU, products that the compiler sees take no longer than a kernel it does not, and in bfloat16 half.
+        if execution.attention == "auto" and torch.device(device).type == "cpu":
+            for module in network.modules():
+                if hasattr(module, "fused_attn"):  # timm's
+                    module.fused_attn = False  # type: ignore[assignment]
         for block in blocks:
             block.compile(dynamic=False)
 

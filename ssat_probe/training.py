@@ -260,7 +260,7 @@ def _start(
     attention = Attention(execution.kernel(accelerator.num_processes))
     run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention, meter,
               carbon)  # fmt: skip
-    prepare(run.network, execution)
+    prepare(run.network, execution, accelerator.device)
     if accelerator.num_processes > 1:
         refuse_too_small(run)
         share_network(run.network)

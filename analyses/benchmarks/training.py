@@ -1,7 +1,8 @@
 """Images per second of a training step, against the same arithmetic written plainly, and what a step waits for.
 
-Run: make benchmark-training, or a part of it: python analyses/benchmarks/training.py step32|step224|data. Nothing to
-download; made to take less than ten minutes on 2 free cores; each part prints its progress.
+Run: make benchmark-training, or a part of it: python analyses/benchmarks/training.py
+step32|step224|data|compiled|channels. Nothing to download; made to take less than ten minutes on 2 free cores; each
+part prints its progress.
 
 step32, step224: one SSAT step (forward, backward, AdamW) of ViT-T/4 at 32 pixels and ViT-T/16 at 224, batch 64. Ours is
 the objective of the package under autocast, with the kernels of attention that a training would choose; the plain ways
@@ -10,6 +11,9 @@ forward and backward, write attention out with its matrix of weights, let AdamW 
 memory to the allocator. Also: the plain way with memory kept as ours keeps it, which says how much of the gain that is,
 ours with torch's fused kernel of attention, and a step of training from scratch. Each way is in a process of its own,
 since the allocator is the process's.
+compiled: one SSAT step at 32 pixels with --compile, its attention in products (as on every CPU) and in torch's fused
+kernel; the blocks are compiled before the first turn.
+channels: one step of CvT-13 at 64 pixels, patches of 4, from scratch, with and without --channels-last.
 data: share of a step's time at 32 pixels that is spent on reading and changing images, under the paper's augmentation.
 
 Ways take turns; a number is the median over the repeats of the ratio within one turn, with its range. Results are in
@@ -32,16 +36,18 @@ import torch
 
 from ssat_probe import objectives, registry
 from ssat_probe.augmentation import augment
-from ssat_probe.execution import keeping_memory
+from ssat_probe.execution import Execution, keeping_memory, prepare
 from ssat_probe.images import ArrayImages, Facts
 from ssat_probe.kernel import Attention
 from ssat_probe.loading import batches
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.recipe import Recipe
 
+AS_USUAL = Execution()
 OUT = Path("figures") / "benchmark_training"
-SIZES = {"step32": ((32, 32), (4, 4)), "step224": ((224, 224), (16, 16))}
-REPEATS, STEPS = 5, {"step32": 3, "step224": 1, "data": 3}
+SIZES = {"step32": ((32, 32), (4, 4)), "step224": ((224, 224), (16, 16)), "channels": ((64, 64), (4, 4))}
+SIZES["compiled"] = SIZES["step32"]
+REPEATS, STEPS = 5, {"step32": 3, "step224": 1, "data": 3, "compiled": 2, "channels": 1}
 TARGETS = {
     "plain bf16 / ours bf16": ("at least", 1.15),
     "plain fp32 / ours bf16": ("at least", 3.0),
@@ -57,25 +63,34 @@ def facts_of(img_size: tuple[int, int]) -> Facts:
 class Step:
     """One way to make a step of the optimiser."""
 
-    def __init__(self, part: str, method: Any, *, is_plain: bool, is_bf16: bool, kernel: Any = "auto") -> None:
+    def __init__(
+        self, part: str, method: Any, *, is_plain: bool, is_bf16: bool, execution: Execution = AS_USUAL
+    ) -> None:
         img_size, patch_size = SIZES[part]
-        recipe = Recipe(method=method, model="vit_tiny", img_size=img_size, patch_size=patch_size, batch_size=64)
+        model = "cvt_13" if part == "channels" else "vit_tiny"
+        recipe = Recipe(method=method, model=model, img_size=img_size, patch_size=patch_size, batch_size=64)
         facts = facts_of(img_size)
         recipe = resolve(recipe, facts)
         encoder = build_encoder(recipe, facts)
         behind = objectives.behind_encoder(recipe, facts, encoder)
         name = objectives.name_of(recipe, "train")
         self.objective = registry.load("objectives", name).Objective(recipe, encoder, behind)
+        prepare(self.objective, execution)
         if is_plain:
             for module in self.objective.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False
         options: dict[str, Any] = {"foreach": False} if is_plain else {"fused": True}
         self.optimiser = torch.optim.AdamW(self.objective.parameters(), lr=1e-4, **options)
-        self.is_bf16, self.is_plain, self.attention = is_bf16, is_plain, Attention("fused" if is_plain else kernel)
+        self.is_bf16, self.is_plain, self.attention = (
+            is_bf16,
+            is_plain,
+            Attention("fused" if is_plain else execution.kernel()),
+        )
         generator = torch.Generator().manual_seed(0)
+        images = torch.randn(64, 3, *img_size, generator=generator)
         self.arguments = (
-            torch.randn(64, 3, *img_size, generator=generator),
+            images.contiguous(memory_format=torch.channels_last) if execution.channels_last else images,
             torch.randint(0, 10, (64,), generator=generator),
             torch.rand(64, encoder.num_tokens, generator=generator),
         )
@@ -170,23 +185,54 @@ def step(part: str) -> dict[str, Any]:
     ours, plain = {"is_plain": False, "is_bf16": True}, {"is_plain": True, "is_bf16": True}
     kinds = {  # the method, whether memory is kept, and the options of a step
         "ours bf16": ("ssat", True, ours),
-        "ours bf16, fused kernel": ("ssat", True, ours | {"kernel": "fused"}),
+        "ours bf16, fused kernel": ("ssat", True, ours | {"execution": Execution(attention="fused")}),
         "ours fp32": ("ssat", True, ours | {"is_bf16": False}),
         "plain bf16": ("ssat", False, plain),
         "plain bf16, memory kept": ("ssat", True, plain),
         "plain fp32": ("ssat", False, plain | {"is_bf16": False}),
         "scratch bf16": ("scratch", True, ours),
     }
-    ways = {name: Apart(part, *kind) for name, kind in kinds.items()}
-    losses = [ways[name].first_loss for name in ("ours fp32", "plain fp32")]
-    assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), f"the ways differ: {losses}"
-    seconds = in_turns(dict(ways), STEPS[part])
     pairs = [
         *(name.split(" / ") for name in TARGETS),
         ("plain bf16, memory kept", "ours bf16"),
         ("ours bf16, fused kernel", "ours bf16"),
         ("ours fp32", "ours bf16"),
     ]
+    return compared(part, kinds, pairs, ("ours fp32", "plain fp32"))
+
+
+def compiled() -> dict[str, Any]:
+    """A step of compiled blocks."""
+    ours: dict[str, Any] = {"is_plain": False, "is_bf16": True}
+    kinds = {
+        "ours bf16": ("ssat", True, ours),
+        "compiled bf16": ("ssat", True, ours | {"execution": Execution(compile=True)}),
+        "compiled bf16, fused kernel": ("ssat", True, ours | {"execution": Execution(compile=True, attention="fused")}),
+    }
+    pairs = [("ours bf16", "compiled bf16"), ("compiled bf16, fused kernel", "compiled bf16")]
+    return compared("compiled", kinds, pairs)
+
+
+def channels() -> dict[str, Any]:
+    """A step of a network of convolutions in either order of memory."""
+    kinds = {}
+    for name, is_bf16 in (("bf16", True), ("fp32", False)):
+        options: dict[str, Any] = {"is_plain": False, "is_bf16": is_bf16}
+        kinds[f"channels first {name}"] = ("scratch", True, options)
+        kinds[f"channels last {name}"] = ("scratch", True, options | {"execution": Execution(channels_last=True)})
+    pairs = [(f"channels first {name}", f"channels last {name}") for name in ("bf16", "fp32")]
+    return compared("channels", kinds, pairs)
+
+
+def compared(
+    part: str, kinds: dict[str, tuple], pairs: list[Any], alike: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Time ways in turns, two of which are first made sure to compute the same; and ratios of pairs."""
+    ways = {name: Apart(part, *kind) for name, kind in kinds.items()}
+    if alike is not None:
+        losses = [ways[name].first_loss for name in alike]
+        assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), f"the ways differ: {losses}"
+    seconds = in_turns(dict(ways), STEPS[part])
     return {
         "kernels": {name: way.kernels for name, way in ways.items()},
         "images_per_s": {name: 64 / statistics.median(values) for name, values in seconds.items()},
@@ -215,6 +261,7 @@ def data() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "step32": lambda: step("step32"), "step224": lambda: step("step224"), "data": data,
+    "compiled": compiled, "channels": channels,
 }  # fmt: skip
 
 
