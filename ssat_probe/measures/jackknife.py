@@ -6,7 +6,7 @@ each batch is applied to a few Ritz vectors and to what is left of the start vec
 follows to first order (the ends: by Rayleigh-Ritz within these vectors).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from ssat_probe.measures.processes import gathered
 from ssat_probe.measures.quadrature import is_atom
 
 NUM_VECTORS = 5  # Ritz vectors at either end that may mix where a batch is left out; ours, no source
+NUM_PRODUCTS = 2 * NUM_VECTORS + 1  # of each batch: these at both ends, and the start's remainder
 NUM_HELD = 2 * NUM_VECTORS + 5  # vectors alive at once: these, the start's remainder, its three functions, an image
 QUANTITIES = ("lambda_max", "lambda_min", "trace", "negative_energy")
 _EMPTY = 1e-9  # length of the start vector's remainder below which nothing is left
@@ -66,7 +67,12 @@ def standard_error(
     return float(np.sqrt(np.mean((pseudo - centre) ** 2 / (ratios - 1))))
 
 
-def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NUM_VECTORS) -> DataErrors:
+def data_errors(
+    operator: HessianOperator,
+    krylov: Krylov,
+    num_vectors: int = NUM_VECTORS,
+    on_batch: Callable[[float], None] | None = None,
+) -> DataErrors:
     """Jackknife over the operator's batches.
 
     Takes twice ``num_vectors`` products and one more. The error of the trace and of the energy contains what one start
@@ -76,6 +82,7 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
         operator: Whose batches are left out, one at a time.
         krylov: A run on it, with its basis.
         num_vectors: Ritz vectors at either end.
+        on_batch: Called after each batch with the share of them that is done; for progress.
 
     Returns:
         Standard errors.
@@ -87,7 +94,7 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
         raise ValueError("A jackknife needs the basis of the run, got none. Run Lanczos with its basis kept.")
     vectors, signs = _vectors(krylov, num_vectors)
     found = []
-    for batch, num in operator.batches:
+    for done, (batch, num) in enumerate(operator.batches, 1):
         one = HessianOperator(
             operator.parameters,
             operator.loss,
@@ -99,6 +106,8 @@ def data_errors(operator: HessianOperator, krylov: Krylov, num_vectors: int = NU
             gram = torch.stack([vectors[:-1] @ one.product(vector) for vector in vectors[:-1]])
             sums = signs @ one.product(vectors[-1])
         found.append((gram.cpu().numpy(), sums.cpu().numpy(), float(num)))
+        if on_batch is not None:
+            on_batch(done / len(operator.batches))
     found = gathered(found) if operator.is_sharded else found
     if len(found) < 2:
         return DataErrors(dict.fromkeys(QUANTITIES, float("nan")), len(found), len(vectors))

@@ -27,7 +27,7 @@ from ssat_probe.measures.inverse import (
     inverse_product,
     lissa,
 )
-from ssat_probe.measures.jackknife import DataErrors, data_errors
+from ssat_probe.measures.jackknife import NUM_PRODUCTS, DataErrors, data_errors
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.peers import pyhessian
 from ssat_probe.measures.processes import first, gathered, woven
@@ -74,6 +74,11 @@ class Settings:
     "Start vectors whose runs go in lock-step; 0 means one at a time."
     home: str = "device"
     "Where Lanczos vectors lie: device, cpu or disk."
+
+    @property
+    def together(self) -> int:
+        """Runs in lock-step."""
+        return min(max(self.chunk, 1), self.probes)
 
 
 def rows_of(
@@ -145,11 +150,15 @@ def _lanczos(operator: HessianOperator, certificate: Certificate, evaluation: Ev
     """Everything that a run gives, its coefficients, and the error from the choice of images."""
     errors: list[DataErrors] = []
 
+    def tell(share: float) -> None:
+        if settings.on_step is not None:
+            settings.on_step(settings.together * settings.steps + round(share * NUM_PRODUCTS))
+
     def look(krylov: Krylov) -> None:
         if settings.on_run is not None:
             settings.on_run(krylov)
         if settings.jackknife:
-            errors.append(data_errors(operator, krylov))
+            errors.append(data_errors(operator, krylov, on_batch=tell))
 
     runs = _runs(
         operator, settings, certificate.noise, look if settings.jackknife or settings.on_run is not None else None
@@ -166,13 +175,12 @@ def _runs(
 ) -> list[Krylov]:
     """One run per start vector, some at the same time; unfinished ones are gone on with."""
     krylovs: list[Krylov] = []
-    together = max(settings.chunk, 1)
     with operator, ExitStack() as stack:
         folder = settings.folder
         if folder is None and settings.home == "disk":
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="ssat-probe-")))
-        for first in range(0, settings.probes, together):
-            some = range(first, min(first + together, settings.probes))
+        for first in range(0, settings.probes, settings.together):
+            some = range(first, min(first + settings.together, settings.probes))
             krylovs += _runs_together(some, operator, settings, folder, noise, on_first if first == 0 else None)
     return krylovs
 
@@ -191,7 +199,8 @@ def _runs_together(
         for run in runs:
             stack.callback(run.close)
             operator.num_products += run.num_steps  # those before an interruption
-        _finish(runs, operator, settings, noise, probes.start * settings.steps)
+        before = probes.start * settings.steps + (NUM_PRODUCTS if probes.start and settings.jackknife else 0)
+        _finish(runs, operator, settings, noise, before)
         if on_first is not None:
             operator.release()
             on_first(runs[0].krylov(with_basis=True))

@@ -97,7 +97,10 @@ class Probe:
     @property
     def num_steps(self) -> int:
         """Products that a run will take and tell of; 0 where the method does not know beforehand."""
-        return self.steps * self.probes if self.method == "lanczos" and not self.compare else 0
+        from ssat_probe.measures.jackknife import NUM_PRODUCTS  # loads torch
+
+        after = NUM_PRODUCTS if self.jackknife else 0
+        return self.steps * self.probes + after if self.method == "lanczos" and not self.compare else 0
 
     def measure(
         self, subject: "Subject", on_step: Callable[[int], None] | None = None, unfinished: Path | None = None
@@ -106,7 +109,8 @@ class Probe:
 
         Args:
             subject: Model, images and losses.
-            on_step: Called after each product of a Lanczos run with the number of products so far.
+            on_step: Called after each product of a Lanczos run, and each batch of the jackknife, with the number of
+                products so far.
             unfinished: Folder where a Lanczos run that is interrupted is kept, and gone on with by the same call.
 
         Returns:

@@ -19,6 +19,7 @@ from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.methods import METHODS, Settings, compared, rows_of
 from ssat_probe.measures.spectrum import entry_of, methods_in, rows_by
 from ssat_probe.measures.stopping import Until
+from ssat_probe.probes.hessian import Probe
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,14 @@ class TestGoingOn:
         rows_of("lanczos", operator, certificate, evaluation, settings)
         assert len(counts) == 12
         assert set(counts) == {2}
+
+    @pytest.mark.parametrize("chunk", [0, 2])
+    def test_progress_rises_through_runs_and_jackknife_to_what_was_announced(self, operator, chunk):
+        told: list[int] = []
+        rows_and_steps(operator, chunk=chunk, on_step=told.append, jackknife=True)
+        assert told == sorted(set(told))
+        assert told[-1] == Probe(steps=19, probes=2, jackknife=True).num_steps == 2 * 19 + 11
+        assert len(told) == 38 // max(chunk, 1) + len(operator.batches)
 
     def test_a_basis_on_disk_lies_in_a_temporary_folder_and_changes_no_number(self, operator, tmp_path, monkeypatch):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
