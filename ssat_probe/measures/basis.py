@@ -32,7 +32,7 @@ class MemoryBasis:
             device: Where vectors are used.
             home: Where they lie; None means there too. From elsewhere, `blocks` brings some at a time.
         """
-        self.device = torch.device(device)
+        self.size, self.device = size, torch.device(device)
         self.rows = torch.zeros(num, size, dtype=torch.float64, device=device if home is None else home)
         self._num_at_once = num if home is None else _rows_at_once(num, size)
         self._file = None if path is None else _VectorFile(path, size)
@@ -211,10 +211,10 @@ def combined(coefficients: Float64[np.ndarray, "vector step"], basis: Basis) -> 
     Returns:
         Where the vectors are used.
     """
-    total, step = torch.zeros(0), 0
-    for rows in basis.blocks(coefficients.shape[1]):
-        part = torch.from_numpy(coefficients[:, step : step + len(rows)].copy()).to(rows) @ rows
-        total, step = total + part if step else part, step + len(rows)
+    total, step = torch.zeros(len(coefficients), basis.size, dtype=torch.float64, device=basis.device), 0
+    for rows in basis.blocks(coefficients.shape[1]):  # in place: results can be the larger part of the memory
+        total.addmm_(torch.from_numpy(coefficients[:, step : step + len(rows)].copy()).to(rows), rows)
+        step += len(rows)
     return total
 
 

@@ -71,7 +71,7 @@ def data_errors(
     operator: HessianOperator,
     krylov: Krylov,
     num_vectors: int = NUM_VECTORS,
-    on_batch: Callable[[float], None] | None = None,
+    on_images: Callable[[int], None] | None = None,
 ) -> DataErrors:
     """Jackknife over the operator's batches.
 
@@ -82,7 +82,7 @@ def data_errors(
         operator: Whose batches are left out, one at a time.
         krylov: A run on it, with its basis.
         num_vectors: Ritz vectors at either end.
-        on_batch: Called after each batch with the share of them that is done; for progress.
+        on_images: Called after each batch with the number of images so far, of this process; for progress.
 
     Returns:
         Standard errors.
@@ -94,7 +94,7 @@ def data_errors(
         raise ValueError("A jackknife needs the basis of the run, got none. Run Lanczos with its basis kept.")
     vectors, signs = _vectors(krylov, num_vectors)
     found = []
-    for done, (batch, num) in enumerate(operator.batches, 1):
+    for batch, num in operator.batches:
         one = HessianOperator(
             operator.parameters,
             operator.loss,
@@ -106,8 +106,8 @@ def data_errors(
             gram = torch.stack([vectors[:-1] @ one.product(vector) for vector in vectors[:-1]])
             sums = signs @ one.product(vectors[-1])
         found.append((gram.cpu().numpy(), sums.cpu().numpy(), float(num)))
-        if on_batch is not None:
-            on_batch(done / len(operator.batches))
+        if on_images is not None:
+            on_images(int(sum(size for _, _, size in found)))
     found = gathered(found) if operator.is_sharded else found
     if len(found) < 2:
         return DataErrors(dict.fromkeys(QUANTITIES, float("nan")), len(found), len(vectors))

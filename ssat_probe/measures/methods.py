@@ -30,7 +30,7 @@ from ssat_probe.measures.inverse import (
 from ssat_probe.measures.jackknife import NUM_PRODUCTS, DataErrors, data_errors
 from ssat_probe.measures.lanczos import Krylov, LanczosRun
 from ssat_probe.measures.peers import pyhessian
-from ssat_probe.measures.processes import first, gathered, woven
+from ssat_probe.measures.processes import first, gathered, place, woven
 from ssat_probe.measures.stopping import Until, is_reached, run_length
 
 METHODS = ("lanczos", "exact", "lissa", "batches", "pyhessian")
@@ -150,7 +150,8 @@ def _lanczos(operator: HessianOperator, certificate: Certificate, evaluation: Ev
     """Everything that a run gives, its coefficients, and the error from the choice of images."""
     errors: list[DataErrors] = []
 
-    def tell(share: float) -> None:
+    def tell(num_images: int) -> None:
+        share = min(1.0, num_images * place()[1] / sum(evaluation.batch_sizes))
         if settings.on_step is not None:
             settings.on_step(settings.together * settings.steps + round(share * NUM_PRODUCTS))
 
@@ -158,7 +159,7 @@ def _lanczos(operator: HessianOperator, certificate: Certificate, evaluation: Ev
         if settings.on_run is not None:
             settings.on_run(krylov)
         if settings.jackknife:
-            errors.append(data_errors(operator, krylov, on_batch=tell))
+            errors.append(data_errors(operator, krylov, on_images=tell))
 
     runs = _runs(
         operator, settings, certificate.noise, look if settings.jackknife or settings.on_run is not None else None

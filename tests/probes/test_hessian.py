@@ -246,8 +246,10 @@ class TestTable:
 
     def test_progress_goes_through_all_probes(self, subject):
         told = []
-        hessian.Probe(steps=3, probes=2).measure(subject, told.append)
-        assert told[-1] == 6
+        probe = hessian.Probe(steps=3, probes=2)
+        probe.measure(subject, told.append)
+        assert told == sorted(set(told))
+        assert told[-1] == probe.num_steps == 6 + 11  # and the jackknife's
         assert told in ([1, 2, 3, 4, 5, 6], [2, 4, 6])  # one vector after the other, or both at once if that is faster
 
     def test_float32_model_gives_the_same_ends_and_the_same_table_for_any_batch_size(self, subject, table):
