@@ -348,11 +348,11 @@ def _batches(operator: HessianOperator, settings: Settings) -> Rows:
     found = batch_ends(operator.parameters, operator.loss, operator.batches, **options, **space)
     rows: Rows = []
     for end, (quantity, values) in enumerate((("batch_max", found.largest), ("batch_min", found.smallest))):
-        for place, value in enumerate(values):
-            residual = float(found.residuals[place, end])
+        for row, value in enumerate(values):
+            residual = float(found.residuals[row, end])
             sure = {"residual": residual, "low": value - residual, "high": value + residual}
-            flag = {"converged": float(found.converged[place, end]), "unit": "loss"}
-            rows.append({"quantity": quantity, "index": place, "value": float(value)} | sure | flag)
+            flag = {"converged": float(found.converged[row, end]), "unit": "loss"}
+            rows.append({"quantity": quantity, "index": row, "value": float(value)} | sure | flag)
     power, spent = [], 0
     for batch, num in operator.batches:
         one = HessianOperator(operator.parameters, operator.loss, [(batch, num)], **space)
