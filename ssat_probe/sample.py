@@ -25,7 +25,7 @@ class Sample:
     "Which images, and the masks of the masked pass."
 
     batch_size: int = 128
-    "Images at a time; results do not depend on it."
+    "Images at a time; changes only what is about mini-batches: hessian's batches, lissa and data errors."
 
     device: str = ""
     "cpu, cuda, cuda:1; empty means the fastest there is with float64 (so never mps)."
