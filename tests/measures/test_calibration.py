@@ -44,12 +44,12 @@ class TestWords:
 
     def test_are_those_of_koh_and_liang(self):
         asked = recursion(("damping=0.01", "scale=25", "recursion_depth=5000", "num_samples=4"))
-        assert asked == Recursion(from_koh_liang(0.01, 25), 5000, 4)
+        assert asked == Recursion(from_koh_liang(0.01, 25.0), 5000, 4)
         assert asked.calibration.in_convention("absolute") == pytest.approx((0.25, 25))
 
     def test_the_other_convention_is_named(self):
         asked = recursion(("convention=absolute", "scale=25", "damping=0.01"))
-        assert asked == Recursion(Calibration(0.01, 25, "absolute"), None, 1)
+        assert asked == Recursion(Calibration(0.01, 25.0, "absolute"), None, 1)
         assert asked.calibration.in_convention("koh_liang") == pytest.approx((0.0004, 25))
 
     @pytest.mark.parametrize(

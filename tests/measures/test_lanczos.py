@@ -77,7 +77,7 @@ class TestRitz:
         rest = np.delete(np.arange(steps), place)
         split = value - (found.residuals[rest] ** 2 / (value - found.values[rest])).sum()
         matrix = np.diag(np.append(krylov.alphas, split)) + np.diag(krylov.betas, 1) + np.diag(krylov.betas, -1)
-        again = ritz(run(torch.from_numpy(matrix), steps, start=torch.eye(steps + 1)[0]))
+        again = ritz(run(torch.from_numpy(matrix), steps, start=torch.eye(steps + 1).double()[0]))
         np.testing.assert_allclose(again.values, found.values, atol=1e-10)
         np.testing.assert_allclose(again.residuals, found.residuals, atol=1e-10)
         nearest = np.abs(np.linalg.eigvalsh(matrix) - value).min()

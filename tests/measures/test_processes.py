@@ -141,8 +141,8 @@ def test_two_processes_give_the_spectra_of_one(folder: Path, method: str) -> Non
     one = spectra()[method]
     zero, first = (pd.read_json(folder / f"{method}-{rank}.json", precise_float=True) for rank in range(2))
     measured = "seconds|check_|asymmetry|noise_floor"  # of time and of rounding
-    if method == "lissa":  # the recursion over mini-batches needs all of them in one process, and its products count
-        measured += "|lissa_batches|num_products"
+    if method == "lissa":  # its recursion over mini-batches needs all of them in one process, and its products count
+        measured += "|lissa_batches|scale_batches|batch_size|num_products"
     tables = [table[~table["quantity"].str.contains(measured)].reset_index(drop=True) for table in (one, zero, first)]
     assert len(tables[0]) > 15
     scale = float(one.loc[one["quantity"].isin(["lambda_max", "batch_max"]), "value"].max())

@@ -402,7 +402,7 @@ class TestRunControl:
 
         def run(out: str, steps: int = 4, num_images: int = 7, stop: int = 0) -> pd.DataFrame:
             def progress(done: int, total: int, text: str) -> None:
-                if total == steps and stop and done >= stop:
+                if total == hessian.Probe(steps=steps).num_steps and stop and done >= stop:
                     raise KeyboardInterrupt
 
             products.clear()
