@@ -2,7 +2,7 @@
 
 Run: make benchmark-curvature; parts: python analyses/benchmarks/curvature.py product eigenvalues exact negative scaling
 With --keep, parts that stand in figures/benchmark_curvature already are not measured again: an interrupted run goes on.
-Takes some 15 to 25 minutes on 2 free cores (its parts were run apart); nothing to download. Peers come with
+Takes some 20 minutes on 2 free cores; nothing to download. Peers come with
 pip install '.[benchmark]'; one that is missing or fails is left out with a line that says so, and a part that fails
 leaves the others, and what stood there of it, alone; the exit status is then 1. Ways take turns within one process
 tree. Writes curvature.csv, .md, .png and .json into figures/benchmark_curvature after every part; parts that were not
