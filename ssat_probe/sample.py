@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Sample:
     split: Literal["", "train", "val", "test"] = ""
     "Part of the data set; empty means the probe's own choice (test, or train for the loss surface)."
 
-    num_images: int = 512
-    "Images to look at, stratified by class; 0 means all."
+    num_images: Annotated[int, Parameter(alias="--max-images")] = 512
+    "Images to look at at most, stratified by class; 0 means all."
 
     sample_seed: int = 0
     "Which images, and the masks of the masked pass."

@@ -186,6 +186,7 @@ def test_a_pickle_with_code_in_it(refused: Run, tmp_path: Path, *, is_zip: bool)
         ("train --epochs 0", r"epochs must be at least 1, got 0\."),
         ("train --epochs few", r'Invalid value for --epochs: unable to convert "few" into int\.'),
         ("accuracy --ckpt a.pt --num-images -1", r"num_images must be a whole number of at least 0, got -1\."),
+        ("accuracy --ckpt a.pt --max-images -1", r"num_images must be a whole number of at least 0, got -1\."),
         ("accuracy --ckpt a.pt --batch-size 0", r"batch_size must be a whole number of at least 1, got 0\."),
         # patches and tokens
         ("train --patch-size 3", r"patch_size must divide the image of 8x8 pixels, got 3x3; choose another .*"),
