@@ -1,6 +1,6 @@
 """Time and memory of the probes of attention and features, against the plain forward pass and two usual ways.
 
-Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes five minutes; nothing to download.
+Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes six minutes; nothing to download.
 Fresh weights: what is timed does not depend on what a model has learnt. All ways see the same images, and the usual
 ones give the same mean entropy (checked). Seconds are medians of the ratio to a plain pass right before, over repeats
 that take turns, with their range, beside the target where there is one ("plain" against itself says how far to trust
