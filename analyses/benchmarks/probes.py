@@ -1,10 +1,11 @@
 """Time and memory of the probes of attention and features, against the plain forward pass and two usual ways.
 
-Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes six minutes; nothing to download.
+Run: make benchmark-probes (or: python analyses/benchmarks/probes.py). Takes seven minutes; nothing to download.
 Fresh weights: what is timed does not depend on what a model has learnt. All ways see the same images, and the usual
 ones give the same mean entropy (checked). Seconds are medians of the ratio to a plain pass right before, over repeats
 that take turns, with their range, beside the target where there is one ("plain" against itself says how far to trust
-them); memory is the largest sum of live tensors, minus that of the plain forward pass, over two batches.
+them); memory is the largest sum of live tensors, minus that of the plain forward pass, over two batches. Writes
+probes.csv, .json, .md, .png and .pdf into figures/benchmark_probes.
 """
 
 import copy
@@ -14,12 +15,20 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure
+from pandas import DataFrame
 from scipy import special, stats
 from timm.utils import AttentionExtract
 from torch import Tensor
@@ -28,7 +37,9 @@ from torch.utils._pytree import tree_flatten
 
 from ssat_probe import capture, observation
 from ssat_probe.probes import attention, heads, histogram, repetition, similarity, variance
+from ssat_probe.table import write_atomically
 
+OUT = Path(__file__).parents[2] / "figures" / "benchmark_probes"
 MODELS = {"vit_tiny_patch16_224": (64, 16), "swin_tiny_patch4_window7_224": (16, 8)}
 "Images and batch size of each."
 REPEATS = 7
@@ -218,10 +229,77 @@ def measured(name: str, num_images: int, batch_size: int) -> dict[str, Any]:
     return {"model": name, **shared, "mb_of_a_chunk": observation.MOST_WEIGHTS * 4 / 2**20, **rows}
 
 
+def table_of(found: list[dict[str, Any]]) -> DataFrame:
+    """One row per model and way."""
+    rows = []
+    for one in found:
+        for way, seen in one.items():
+            if isinstance(seen, dict):
+                least, most = seen["range"]
+                row = {"model": one["model"], "way": way, "times_plain": seen["times_plain"]}
+                row |= {"least": least, "most": most, "target": seen.get("target", np.nan)}
+                rows.append(row | {name: seen[name] for name in ("ms_per_image", "mb_above_plain")})
+    return DataFrame(rows)
+
+
+def markdown(table: DataFrame) -> str:
+    """Times the plain pass, median (least to most), and memory above it."""
+    lines = ["| way | model | time | memory | target of time |", "|---|---|---|---|---|"]
+    for row in table.itertuples():
+        spread = f"{row.times_plain:.2f} ({row.least:.2f} to {row.most:.2f})"
+        target = "" if np.isnan(row.target) else f"at most {row.target}"
+        lines.append(f"| {row.way} | {row.model} | {spread} | {row.mb_above_plain:.1f} MB | {target} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: DataFrame, mb_of_a_chunk: float) -> Figure:
+    """Time and memory of each way, a mark per model; bars from least to most."""
+    ways = list(dict.fromkeys(table["way"]))[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")
+    for place, (model, one) in enumerate(table.groupby("model", sort=False)):
+        ys = np.array([ways.index(way) for way in one["way"]]) + 0.2 * (0.5 - place)
+        spread = [one["times_plain"] - one["least"], one["most"] - one["times_plain"]]
+        look = {"fmt": "os"[place], "color": ("#0072b2", "#d55e00")[place], "label": str(model)}
+        axes[0].errorbar(one["times_plain"], ys, xerr=spread, capsize=2, **look)
+        axes[1].plot(one["mb_above_plain"].clip(lower=0), ys, "os"[place], color=look["color"])
+    aims = table.dropna(subset="target").drop_duplicates("way")
+    for row in aims.itertuples():
+        axes[0].plot([row.target] * 2, ways.index(row.way) + np.array([-0.4, 0.4]), color="black", label="aim")
+    axes[1].axvline(mb_of_a_chunk, color="black")
+    axes[0].set_yticks(range(len(ways)), ways)
+    axes[0].set_xscale("log")
+    axes[0].set_xticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+    axes[0].minorticks_off()
+    axes[1].set_xscale("symlog", linthresh=1)
+    axes[1].set_xlim(-0.1, 2 * table["mb_above_plain"].max())
+    axes[0].set(xlabel="time / plain forward pass", title="Time: median, least to most")
+    axes[1].set(xlabel="memory above the plain pass [MB]", title="Memory; line: one chunk of queries")
+    handles, labels = axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """Numbers, table and figure into ``figures/benchmark_probes``."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    table = table_of(found)
+    write_atomically(OUT / "probes.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(OUT / "probes.csv", table.to_csv(index=False))
+    write_atomically(OUT / "probes.md", markdown(table))
+    figure = draw(table, found[0]["mb_of_a_chunk"])
+    for ending in ("png", "pdf"):
+        figure.savefig(OUT / f"probes.{ending}", dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
-    """One JSON object per model."""
+    """Measure one model after the other, and write everything after each."""
+    found = []
     for name, (num_images, batch_size) in MODELS.items():
-        print(json.dumps(measured(name, num_images, batch_size), indent=1))
+        found.append(measured(name, num_images, batch_size))
+        write(found)
+    print((OUT / "probes.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
