@@ -306,16 +306,9 @@ class Probe:
             )
         if asked.num_samples == 1:
             return
-        is_one = subject.num_images <= subject.sample.batch_size
-        why = (
-            "--compare"
-            if self.compare
-            else f"{place()[1]} processes"
-            if place()[1] > 1
-            else "one batch"
-            if is_one
-            else ""
-        )
+        num, is_one = place()[1], subject.num_images <= subject.sample.batch_size
+        reasons = {"--compare": bool(self.compare), f"{num} processes": num > 1, "one batch": is_one}
+        why = next((reason for reason, holds in reasons.items() if holds), "")
         if why:
             raise ValueError(
                 "num_samples averages recursions of LiSSA over several mini-batches, for one process without "
