@@ -61,6 +61,27 @@ def test_short_rows_are_weighted_in_float32_and_rounded_once(keys: int, monkeypa
     assert (got.double() - exact).abs().max() < 3 * 2**-8 * float(value.abs().max())
 
 
+@pytest.mark.parametrize(("dim", "pieces"), [(7, 3), (32, 1)])
+def test_scores_of_narrow_heads_are_made_in_pieces_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, dim: int, pieces: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 3, tokens, dim, generator=generator, dtype=torch.float64).requires_grad_()
+        for tokens in (5, 11, 11)
+    )
+    seen, own = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, axis: seen.append(len(scores)) or own(scores, axis))
+    found = []
+    for size in (2 * 5 * 11 * 8 + 1, 2**30):
+        monkeypatch.setattr(kernel, "PIECE", size)
+        got = KERNELS["plain"](query, key, value)
+        found.append((got, *torch.autograd.grad(got.square().sum(), (query, key, value))))
+    assert seen == [6 // pieces] * pieces + [6]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("seconds", "best"),
     [
