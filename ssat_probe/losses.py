@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -51,8 +52,9 @@ def reconstruction_error(
     features = encoder.encode(images, mask) if features is None else features
     patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
     predicted = predicted_patches(decoder, features)
-    errors = predicted - target_of(images if target is None else target, patch_size, norm_pix)
-    per_patch = (errors.abs() if distance == "l1" else errors.square()).mean(dim=2)
+    distance_of = F.l1_loss if distance == "l1" else F.mse_loss
+    pixels = target_of(images if target is None else target, patch_size, norm_pix)
+    per_patch = distance_of(predicted, pixels, reduction="none").mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
 
