@@ -116,9 +116,29 @@ class Model(SwinTransformer):
         Returns:
             The tokens of the last stage after the final norm, the hidden ones among them.
         """
-        tokens = self.patch_embed(images)
+        return self._encoded(self.patch_embed(images), mask)
+
+    def encode_both(
+        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
+    ) -> tuple[Features, Features]:
+        """Features of a full and of a masked pass, whose patches are embedded once.
+
+        Args:
+            images: Normalised images.
+            mask: True at the patches to hide.
+
+        Returns:
+            What `encode` gives without and with the mask.
+        """
+        embedded = self.patch_embed(images)
+        return self._encoded(embedded, None), self._encoded(embedded, mask)
+
+    def _encoded(
+        self, tokens: Float[Tensor, "batch row column dim"], mask: Bool[Tensor, "batch token"] | None
+    ) -> Features:
+        """Features from embedded patches."""
         if mask is not None:
-            hidden = mask.to(images.device).unflatten(1, self.grid)[..., None]
+            hidden = mask.to(tokens.device).unflatten(1, self.grid)[..., None]
             hidden = hidden.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
             tokens = torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
         return Features(self.norm(self.layers(tokens)).flatten(1, 2), None, self.grid, None)

@@ -93,15 +93,35 @@ class Model(VisionTransformer):
         Returns:
             The patch tokens after the final norm, and the class token where there is one; no register tokens.
         """
-        tokens = self.patch_embed(images)
+        return self._encoded(self.patch_embed(images), mask)
+
+    def encode_both(
+        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
+    ) -> tuple[Features, Features]:
+        """Features of a full and of a masked pass, whose patches are embedded once.
+
+        Args:
+            images: Normalised images.
+            mask: True at the patches to hide.
+
+        Returns:
+            What `encode` gives without and with the mask.
+        """
+        embedded = self.patch_embed(images)
+        return self._encoded(embedded, None), self._encoded(embedded, mask)
+
+    def _encoded(
+        self, tokens: Float[Tensor, "batch *patches dim"], mask: Bool[Tensor, "batch token"] | None
+    ) -> Features:
+        """Features from embedded patches."""
         if mask is not None and self.keeps_hidden:
-            hidden = mask.to(images.device).reshape(*tokens.shape[:-1], 1)  # some models keep rows and columns here
+            hidden = mask.to(tokens.device).reshape(*tokens.shape[:-1], 1)  # some models keep rows and columns here
             tokens = torch.where(hidden, self.mask_token.squeeze(0).to(tokens.dtype), tokens)
         tokens = self.norm_pre(self._pos_embed(tokens))
         prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         visible_ids = None
         if mask is not None and not self.keeps_hidden:
-            visible_ids = visible_ids_of(mask).to(images.device)
+            visible_ids = visible_ids_of(mask).to(tokens.device)
             patches = patches.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
         tokens = torch.cat([prefix, patches], dim=1)
         for block in self.blocks:

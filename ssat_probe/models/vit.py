@@ -113,13 +113,31 @@ class Model(nn.Module):
         Returns:
             The tokens after the final norm.
         """
-        tokens = self.patch_embed(images)
+        return self._encoded(self.patch_embed(images), mask)
+
+    def encode_both(
+        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
+    ) -> tuple[Features, Features]:
+        """Features of a full and of a masked pass, whose patches are embedded once.
+
+        Args:
+            images: Normalised images.
+            mask: True at the patches to hide.
+
+        Returns:
+            What `encode` gives without and with the mask.
+        """
+        embedded = self.patch_embed(images)
+        return self._encoded(embedded, None), self._encoded(embedded, mask)
+
+    def _encoded(self, tokens: Float[Tensor, "batch token dim"], mask: Bool[Tensor, "batch token"] | None) -> Features:
+        """Features from embedded patches."""
         if mask is not None and self.keeps_hidden:
-            tokens = torch.where(mask.to(images.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+            tokens = torch.where(mask.to(tokens.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
         tokens = tokens + self.pos_embed[:, 1:]
         visible_ids = None
         if mask is not None and not self.keeps_hidden:
-            visible_ids = visible_ids_of(mask).to(images.device)
+            visible_ids = visible_ids_of(mask).to(tokens.device)
             tokens = tokens.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([class_token, tokens], dim=1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssat_probe import registry
 from ssat_probe.losses import Losses
 from ssat_probe.objectives import supervised
-from ssat_probe.patches import random_mask
+from ssat_probe.patches import Features, random_mask
 from ssat_probe.recipe import Recipe
 
 
@@ -34,6 +34,8 @@ class Objective(nn.Module):
         both = self.supervised is not None and self.task is not None
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.shares_pass = both and not mixes and task.masks == (recipe.cls_view == "masked")
+        looks_twice = both and not mixes and task.masks and recipe.cls_view == "full"
+        self.shares_embedding = looks_twice and hasattr(encoder, "encode_both")
 
     def forward(
         self,
@@ -79,14 +81,24 @@ class Objective(nn.Module):
         Returns:
             Of the classification and of the task; none for one that has no weight.
         """
-        features, is_masked = None, self.recipe.cls_view == "masked"
-        if self.supervised is not None and (is_masked or self.shares_pass):
-            mask = random_mask(noise, self.recipe.mask_ratio) if is_masked else None
-            features = self.supervised.encoder.encode(images, mask)
-        classified = self.supervised(images, labels, noise, features=features) if self.supervised is not None else None
+        seen, looked_at = self._features(images, noise)
+        classified = self.supervised(images, labels, noise, features=seen) if self.supervised is not None else None
         if self.task is None:
             return classified, None
-        return classified, self.task(images, labels, noise, other, features if self.shares_pass else None)
+        return classified, self.task(images, labels, noise, other, looked_at)
+
+    def _features(
+        self, images: Float[Tensor, "batch channel height width"], noise: Float[Tensor, "batch token"]
+    ) -> tuple[Features | None, Features | None]:
+        """What is classified and what the task looks at, where a term does not make them itself."""
+        is_masked = self.recipe.cls_view == "masked"
+        if self.supervised is None or not (is_masked or self.shares_pass or self.shares_embedding):
+            return None, None
+        mask = random_mask(noise, self.recipe.mask_ratio) if is_masked or self.shares_embedding else None
+        if self.shares_embedding:
+            return self.supervised.encoder.encode_both(images, mask)
+        features = self.supervised.encoder.encode(images, mask)
+        return features, features if self.shares_pass else None
 
     def after_step(self) -> None:
         """What the task does after each step of the optimiser, if anything."""

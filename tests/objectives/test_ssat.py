@@ -130,12 +130,41 @@ def test_any_task_is_combined_with_the_classification_of_either_view(
     mask = random_mask(batch[2], 0.75) if view == "masked" else None
     logits = encoder.logits_of(encoder.encode(batch[0], mask))
     entropy = torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.1)
-    passes = []
-    handle = encoder.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    embeddings, passes = [], []
+    handles = [
+        module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for module, seen in ((encoder.patch_embed, embeddings), (encoder.blocks[0], passes))
+    ]
     got = objective.eval()(*batch, **views)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     torch.testing.assert_close(got.total, 0.3 * entropy + 0.7 * own, rtol=1e-12, atol=0)
     torch.testing.assert_close(got.logits, logits.detach(), rtol=0, atol=1e-12)
-    # A pass that both terms need is made once.
-    shared = (task in ("reconstruction", "simmim")) == (view == "masked")
+    # A pass that both terms need is made once, and so is the embedding of a full and a masked pass.
+    masks = task in ("reconstruction", "simmim")
+    shared = masks == (view == "masked")
     assert len(passes) == (2 if views else 1) + (not shared)
+    assert len(embeddings) == (1 if masks else len(passes))
+
+
+@pytest.mark.parametrize("model", ["vit_pico", "swin_nano", "cvt_nano"])
+@pytest.mark.parametrize("task", ["reconstruction", "simmim"])
+def test_a_shared_embedding_has_the_gradient_of_both_passes(
+    make_recipe: Make, batch: tuple, model: str, task: str
+) -> None:
+    recipe, facts = make_recipe(model=model, task=task, lambda_weight=0.3, drop_path=0.4, patch_size=())
+    encoder = build_encoder(recipe, facts).double()
+    behind = behind_encoder(recipe, facts, encoder)
+    assert behind is not None
+    objective = ssat.Objective(recipe, encoder, behind.double()).train()
+    noise = torch.rand(BATCH, encoder.num_tokens, generator=torch.Generator().manual_seed(0))
+    found = []
+    for shares in (objective.shares_embedding, False):
+        objective.shares_embedding = shares
+        torch.manual_seed(1)
+        losses = objective(*batch[:2], noise)
+        found.append((losses.total, gradients(objective, losses)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-12, atol=1e-14)
