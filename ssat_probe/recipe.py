@@ -309,7 +309,7 @@ def _check_ranges(recipe: Recipe) -> None:
     check("lambda_weight", 0 <= recipe.lambda_weight <= 1, "between 0 and 1")
     if recipe.lambda_schedule == "constant":
         check("lambda_end", recipe.lambda_end is None, "left out with lambda_schedule constant")
-    else:
+    elif recipe.method == "ssat":  # of any other method, to ask for the end of what has no effect would be no help
         check("lambda_end", recipe.lambda_end is not None, f"given with lambda_schedule {recipe.lambda_schedule}")
         check("lambda_end", 0 <= (recipe.lambda_end or 0) <= 1, "between 0 and 1")
     check("mask_ratio", 0 < recipe.mask_ratio < 1, "between 0 and 1, both excluded")

@@ -61,6 +61,7 @@ def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], 
     ("fields", "named"),
     [
         ({"method": "scratch", "lambda_schedule": "linear", "lambda_end": 0.5}, {"lambda_schedule", "lambda_end"}),
+        ({"method": "ssl_ft", "lambda_schedule": "linear"}, {"lambda_schedule"}),
         ({"lambda_schedule": "linear", "lambda_end": 0.5, "lambda_weight": 0.0, "mixup": 0.8}, set()),
         ({"lambda_schedule": "cosine", "lambda_end": 0.0, "lambda_weight": 1.0, "decoder_depth": 3}, set()),
         ({"lambda_weight": 0.0, "select": "best"}, {"select"}),
