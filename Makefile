@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n 2 \
-	--jaxtyping-packages=ssat_probe.measures,ssat_probe.models,ssat_probe.decoders,ssat_probe.objectives,ssat_probe.patches,ssat_probe.cvt_blocks,ssat_probe.losses,beartype.beartype
+	--jaxtyping-packages=ssat_probe.measures,ssat_probe.models,ssat_probe.decoders,ssat_probe.objectives,ssat_probe.patches,ssat_probe.cvt_blocks,ssat_probe.patch_encoder,ssat_probe.losses,beartype.beartype
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test test-slow benchmark-landscape benchmark-curvature benchmark-probes benchmark-training format wheel clean

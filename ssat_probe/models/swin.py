@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
+from ssat_probe.patch_encoder import PatchEncoder
 from ssat_probe.patches import Features
 
 # swin_tiny: Liu et al. (2021), Sec. 3.3. The others are ours: swin_mini is swin_tiny without its last stage and with
@@ -36,7 +37,7 @@ def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
     return side, side
 
 
-class Model(SwinTransformer):
+class Model(PatchEncoder, SwinTransformer):
     """timm's Swin Transformer with a mask token; all other weights have timm's names and shapes.
 
     A masked pass hides patches of the last stage's grid, so that nothing visible shares a token with anything hidden at
@@ -102,57 +103,23 @@ class Model(SwinTransformer):
                 module.__class__ = Block
                 module._init_buffers()
 
-    def encode(
-        self,
-        images: Float[Tensor, "batch channel height width"],
-        mask: Bool[Tensor, "batch token"] | None = None,
+    def encoded(
+        self, tokens: Float[Tensor, "batch row column dim"], mask: Bool[Tensor, "batch token"] | None
     ) -> Features:
-        """Features of the images, or of their visible patches alone.
+        """Features from embedded patches.
 
         Args:
-            images: Normalised images.
+            tokens: As ``patch_embed`` gives them.
             mask: True at the patches to hide, each of which is a mask token in the blocks; none for a full pass.
 
         Returns:
             The tokens of the last stage after the final norm, the hidden ones among them.
         """
-        return self._encoded(self.patch_embed(images), mask)
-
-    def encode_both(
-        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
-    ) -> tuple[Features, Features]:
-        """Features of a full and of a masked pass, whose patches are embedded once.
-
-        Args:
-            images: Normalised images.
-            mask: True at the patches to hide.
-
-        Returns:
-            What `encode` gives without and with the mask.
-        """
-        embedded = self.patch_embed(images)
-        return self._encoded(embedded, None), self._encoded(embedded, mask)
-
-    def _encoded(
-        self, tokens: Float[Tensor, "batch row column dim"], mask: Bool[Tensor, "batch token"] | None
-    ) -> Features:
-        """Features from embedded patches."""
         if mask is not None:
             hidden = mask.to(tokens.device).unflatten(1, self.grid)[..., None]
             hidden = hidden.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
             tokens = torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
         return Features(self.norm(self.layers(tokens)).flatten(1, 2), None, self.grid, None)
-
-    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        """Logits of a full pass: the head on the mean of the tokens.
-
-        Args:
-            x: Normalised images.
-
-        Returns:
-            One logit per class.
-        """
-        return self.logits_of(self.encode(x))
 
     def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
         """Logits from features, of a full or a masked pass.

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssat_probe.hub import fetching
+from ssat_probe.patch_encoder import PatchEncoder
 from ssat_probe.patches import Features, grid_of, visible_ids_of
 
 PREFIX = "timm:"
@@ -20,7 +21,7 @@ DECODER = (2, 128, 16)
 "Depth, width and heads: Das et al. (2024), for tiny and small."
 
 
-class Model(VisionTransformer):
+class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attention mask
     """A Vision Transformer of timm's: its weights, its full pass, and a masked pass that leaves hidden patches out."""
 
     def __init__(
@@ -79,41 +80,18 @@ class Model(VisionTransformer):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def encode(
-        self,
-        images: Float[Tensor, "batch channel height width"],
-        mask: Bool[Tensor, "batch token"] | None = None,
+    def encoded(
+        self, tokens: Float[Tensor, "batch *patches dim"], mask: Bool[Tensor, "batch token"] | None
     ) -> Features:
-        """Features of the images, or of their visible patches alone.
+        """Features from embedded patches.
 
         Args:
-            images: Normalised images.
+            tokens: As ``patch_embed`` gives them.
             mask: True at the patches to hide, of which the blocks then see nothing; none for a full pass.
 
         Returns:
             The patch tokens after the final norm, and the class token where there is one; no register tokens.
         """
-        return self._encoded(self.patch_embed(images), mask)
-
-    def encode_both(
-        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
-    ) -> tuple[Features, Features]:
-        """Features of a full and of a masked pass, whose patches are embedded once.
-
-        Args:
-            images: Normalised images.
-            mask: True at the patches to hide.
-
-        Returns:
-            What `encode` gives without and with the mask.
-        """
-        embedded = self.patch_embed(images)
-        return self._encoded(embedded, None), self._encoded(embedded, mask)
-
-    def _encoded(
-        self, tokens: Float[Tensor, "batch *patches dim"], mask: Bool[Tensor, "batch token"] | None
-    ) -> Features:
-        """Features from embedded patches."""
         if mask is not None and self.keeps_hidden:
             hidden = mask.to(tokens.device).reshape(*tokens.shape[:-1], 1)  # some models keep rows and columns here
             tokens = torch.where(hidden, self.mask_token.squeeze(0).to(tokens.dtype), tokens)
@@ -129,19 +107,6 @@ class Model(VisionTransformer):
         tokens = self.norm(tokens)
         class_token = tokens[:, 0] if self.with_class_token else None
         return Features(tokens[:, self.num_prefix_tokens :], class_token, self.grid, visible_ids)
-
-    def forward(  # type: ignore[override]  # no attention mask
-        self, x: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch class"]:
-        """Logits of a full pass.
-
-        Args:
-            x: Normalised images.
-
-        Returns:
-            One logit per class.
-        """
-        return self.logits_of(self.encode(x))
 
     def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
         """Logits from features, of a full or a masked pass.

@@ -10,6 +10,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssat_probe.patch_encoder import PatchEncoder
 from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_of
 
 # Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base; Dosovitskiy et al. (2021), Table
@@ -42,7 +43,7 @@ def default_patch_size(img_size: tuple[int, ...]) -> tuple[int, int]:
     return side, side
 
 
-class Model(nn.Module):
+class Model(PatchEncoder, nn.Module):
     """Vision Transformer; its weights have timm's names and shapes, so they interchange by name."""
 
     def __init__(
@@ -98,40 +99,16 @@ class Model(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def encode(
-        self,
-        images: Float[Tensor, "batch channel height width"],
-        mask: Bool[Tensor, "batch token"] | None = None,
-    ) -> Features:
-        """Features of the images, or of their visible patches alone.
+    def encoded(self, tokens: Float[Tensor, "batch token dim"], mask: Bool[Tensor, "batch token"] | None) -> Features:
+        """Features from embedded patches.
 
         Args:
-            images: Normalised images.
-            mask: True at the patches to hide, of which the blocks then see nothing; none for a full pass. Best on the
-                CPU, where counting the visible ones waits for nothing.
+            tokens: As ``patch_embed`` gives them.
+            mask: True at the patches to hide, of which the blocks then see nothing; none for a full pass.
 
         Returns:
             The tokens after the final norm.
         """
-        return self._encoded(self.patch_embed(images), mask)
-
-    def encode_both(
-        self, images: Float[Tensor, "batch channel height width"], mask: Bool[Tensor, "batch token"]
-    ) -> tuple[Features, Features]:
-        """Features of a full and of a masked pass, whose patches are embedded once.
-
-        Args:
-            images: Normalised images.
-            mask: True at the patches to hide.
-
-        Returns:
-            What `encode` gives without and with the mask.
-        """
-        embedded = self.patch_embed(images)
-        return self._encoded(embedded, None), self._encoded(embedded, mask)
-
-    def _encoded(self, tokens: Float[Tensor, "batch token dim"], mask: Bool[Tensor, "batch token"] | None) -> Features:
-        """Features from embedded patches."""
         if mask is not None and self.keeps_hidden:
             tokens = torch.where(mask.to(tokens.device)[:, :, None], self.mask_token.to(tokens.dtype), tokens)
         tokens = tokens + self.pos_embed[:, 1:]
@@ -145,17 +122,6 @@ class Model(nn.Module):
             tokens = block(tokens)
         tokens = self.norm(tokens)
         return Features(tokens[:, 1:], tokens[:, 0], self.grid, visible_ids)
-
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        """Logits of a full pass: the head on the class token.
-
-        Args:
-            images: Normalised images.
-
-        Returns:
-            One logit per class.
-        """
-        return self.logits_of(self.encode(images))
 
     def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
         """Logits from features, of a full or a masked pass.

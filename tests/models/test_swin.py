@@ -137,19 +137,6 @@ def test_a_masked_pass_keeps_every_place_and_hidden_ones_hold_the_mask_token(
     assert torch.equal(seen[0][~fine], seen[1][~fine])
 
 
-def test_full_and_masked_pass_share_their_embedding(generator: Callable[[str], torch.Generator]) -> None:
-    model = made()
-    images = images_of(model, generator)
-    mask = torch.rand(5, model.num_tokens, generator=generator("mask")) < 0.5
-    embeddings = []
-    model.patch_embed.register_forward_hook(lambda *_: embeddings.append(1))
-    both = model.encode_both(images, mask)
-    assert len(embeddings) == 1
-    for one, other in zip(both, (model.encode(images), model.encode(images, mask)), strict=True):
-        assert torch.equal(one.tokens, other.tokens)
-        assert one.grid == other.grid
-
-
 def test_one_image_does_not_change_with_its_neighbours(generator: Callable[[str], torch.Generator]) -> None:
     model = made((20, 56), (2, 4))
     images = images_of(model, generator)

@@ -74,22 +74,6 @@ def test_a_masked_pass_is_the_blocks_on_prefix_and_visible_tokens(
     assert torch.equal(model.encode(changed, mask).tokens, features.tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_full_and_masked_pass_share_their_embedding(
-    monkeypatch: pytest.MonkeyPatch, generator: Callable[[str], torch.Generator], name: str
-) -> None:
-    model = ours(name, monkeypatch)
-    images = torch.randn(3, 2, 28, 21, generator=generator("images"), dtype=torch.float64)
-    mask = random_mask(torch.rand(3, 12, generator=generator("mask")), 0.75)
-    embeddings = []
-    model.patch_embed.register_forward_hook(lambda *_: embeddings.append(1))
-    both = model.encode_both(images, mask)
-    assert len(embeddings) == 1
-    for one, other in zip(both, (model.encode(images), model.encode(images, mask)), strict=True):
-        assert torch.equal(one.tokens, other.tokens)
-        assert one.grid == other.grid
-
-
 def test_patches_are_the_models_own_unless_asked_for(make_recipe: Make) -> None:
     recipe, _ = make_recipe((28, 28), 3, 5, model="timm:vit_small_patch14_dinov2")
     assert (recipe.patch_size, recipe.decoder_width) == ((14, 14), 128)

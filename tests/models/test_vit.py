@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ssat_probe.models import vit
 from ssat_probe.network import build_decoder, build_encoder
-from ssat_probe.patches import random_mask, sincos_positions
+from ssat_probe.patches import sincos_positions
 
 Make = Callable[..., tuple]
 IMG_SIZE, PATCH, CHANNELS, CLASSES, DIM, DEPTH, HEADS, BATCH = (15, 14), (5, 7), 3, 11, 28, 3, 7, 5
@@ -21,13 +21,10 @@ TOKENS = 6
 def model() -> vit.Model:
     """A ViT of no variant's size, float64."""
     torch.manual_seed(2)
-    return made()
-
-
-def made(*, keeps_hidden: bool = False) -> vit.Model:
-    shape = {"dim": DIM, "depth": DEPTH, "heads": HEADS, "keeps_hidden": keeps_hidden}
-    model = vit.Model(img_size=IMG_SIZE, patch_size=PATCH, channels=CHANNELS, num_classes=CLASSES, **shape)
-    return model.double().eval()
+    made = vit.Model(
+        img_size=IMG_SIZE, patch_size=PATCH, channels=CHANNELS, num_classes=CLASSES, dim=DIM, depth=DEPTH, heads=HEADS
+    )
+    return made.double().eval()
 
 
 @pytest.fixture
@@ -127,24 +124,6 @@ def test_a_masked_pass_is_the_blocks_on_the_visible_tokens(
         expected = reference.norm(reference.blocks(tokens))[0]
         torch.testing.assert_close(features.tokens[row], expected[1:], rtol=0, atol=1e-12)
         torch.testing.assert_close(features.class_token[row], expected[0], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("keeps_hidden", [False, True])
-def test_full_and_masked_pass_share_their_embedding(
-    images: torch.Tensor, generator: Callable[[str], torch.Generator], *, keeps_hidden: bool
-) -> None:
-    model = made(keeps_hidden=keeps_hidden)
-    mask = random_mask(torch.rand(BATCH, TOKENS, generator=generator("mask")), 0.5)
-    embeddings = []
-    model.patch_embed.register_forward_hook(lambda *_: embeddings.append(1))
-    both = model.encode_both(images, mask)
-    assert len(embeddings) == 1
-    for one, other in zip(both, (model.encode(images), model.encode(images, mask)), strict=True):
-        assert torch.equal(one.tokens, other.tokens)
-        assert one.grid == other.grid
-        assert torch.equal(one.class_token, other.class_token)
-        assert (one.visible_ids is None) == (other.visible_ids is None)
-    assert (both[1].visible_ids is None) == keeps_hidden
 
 
 def test_a_full_pass_has_every_token_and_the_head_on_the_class_token(model: vit.Model, images: torch.Tensor) -> None:
