@@ -262,10 +262,16 @@ class Probe:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}. Take the default.")
         methods = self.compare or (self.method,)
-        for name, value, unused in (("until", self.until, ()), ("probes", self.probes, 1)):
-            if value != unused and "lanczos" not in methods:
+        stepping = ("lanczos", "lissa", "batches")
+        for name, unused, using in (
+            ("until", (), stepping[:1]),
+            ("probes", 1, stepping[:1]),
+            ("steps", Probe.steps, stepping),
+        ):
+            if getattr(self, name) != unused and not {*using} & {*methods}:
                 raise ValueError(
-                    f"--{name} must go with the method lanczos, got {' '.join(methods)}. Leave it out, or add lanczos."
+                    f"--{name} must go with the method {' or '.join(using)}, got {' '.join(methods)}. Leave it out, or "
+                    f"add {using[0]}."
                 )
         for name, unit in (("memory", "GiB"), ("most_seconds", "s")):
             if not getattr(self, name) > 0:

@@ -323,6 +323,13 @@ class TestRefusals:
                 hessian.Probe(**chosen, **{option: value}).measure(subject)
         hessian.Probe(compare=("exact", "lanczos"), **{option: value})._check()
 
+    @pytest.mark.parametrize("method", ["exact", "pyhessian"])
+    def test_steps_without_a_method_that_makes_them(self, subject, method):
+        sentence = rf"--steps must go with the method lanczos or lissa or batches, got {method}\. Leave it out"
+        with pytest.raises(ValueError, match=sentence):
+            hessian.Probe(method=method, steps=7).measure(subject)
+        hessian.Probe(compare=(method, "lissa"), steps=7)._check()
+
     @pytest.mark.parametrize(
         ("method", "settings"), [("batches", ()), ("lissa", ("damping=0.1", "scale=30"))], ids=["batches", "lissa"]
     )
