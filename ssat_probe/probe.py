@@ -12,7 +12,7 @@ from ssat_probe.record import distinct_label, record_of, seen_of
 from ssat_probe.reuse import name_of, plain
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
-from ssat_probe.table import Column, check_writable, read_table, rows_of, write_atomically, write_table
+from ssat_probe.table import Column, read_table, results_in, rows_of, write_atomically, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,12 +226,12 @@ def run(
     """
     from ssat_probe.measures.processes import gathered, place
 
-    check_writable(out)
     unfinished, (rank, num) = out / f".{name_of(probe)}-unfinished", place()
-    found = reuse.redrawn(probe, paths, sample, out, source=source)
-    if not all(gathered([found is not None])):
-        own = unfinished / f"{rank}of{num}" if num > 1 else unfinished  # they may share a disk or not
-        found = measure_all(probe, paths, sample, progress, source, own)
+    with results_in(out):
+        found = reuse.redrawn(probe, paths, sample, out, source=source)
+        if not all(gathered([found is not None])):
+            own = unfinished / f"{rank}of{num}" if num > 1 else unfinished  # they may share a disk or not
+            found = measure_all(probe, paths, sample, progress, source, own)
     assert found is not None
     if rank == 0:
         write_results(probe, *found, out)

@@ -10,7 +10,7 @@ from ssat_probe import registry
 from ssat_probe.record import distinct_label, record_of, seen_of
 from ssat_probe.reuse import name_of
 from ssat_probe.sample import Sample
-from ssat_probe.table import Column, check_writable, read_table, write_table
+from ssat_probe.table import Column, read_table, results_in, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,8 +115,8 @@ def run(
     """
     from ssat_probe import drawing
 
-    check_writable(out)
-    table, record = measure_all(relation, paths, sample, say)
+    with results_in(out):
+        table, record = measure_all(relation, paths, sample, say)
     path = write_table(table, out / f"{record['probe']}.csv", record)
     drawing.save(relation.draw(read_table(path)), path.with_suffix(""))
     return table

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,27 @@ def check_writable(folder: Path) -> None:
     handle, temporary = _temporary(folder / "test")
     os.close(handle)
     Path(temporary).unlink()
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Work whose results go to a folder, which is made before it, and taken away if it fails and nothing is in it.
+
+    Args:
+        folder: A ValueError if it cannot be written.
+
+    Yields:
+        Nothing.
+    """
+    was_there = folder.exists()
+    check_writable(folder)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
 
 
 def _temporary(path: Path) -> tuple[int, str]:

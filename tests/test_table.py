@@ -57,6 +57,30 @@ def test_a_folder_is_checked_and_left_empty(tmp_path: Path) -> None:
         write_table(pd.DataFrame({"value": [1.0]}), tmp_path / "file" / "sub" / "a.csv", {})
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_folder_made_for_work_that_fails_stays_only_with_something_in_it(
+    tmp_path: Path, *, was_there: bool, leaves: bool
+) -> None:
+    folder = tmp_path / "a"
+    if was_there:
+        folder.mkdir()
+
+    def work() -> None:
+        with tables.results_in(folder):
+            assert folder.is_dir()
+            if leaves:
+                (folder / "unfinished").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert folder.exists() == (was_there or leaves)
+    with tables.results_in(folder):
+        pass
+    assert folder.is_dir()
+
+
 def test_a_table_comes_back_with_its_numbers_to_the_last_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     table = pd.DataFrame({"checkpoint": ["a", "b", "c"], "value": rng.normal(size=3) * 10.0 ** np.array([-30, 0, 30])})
