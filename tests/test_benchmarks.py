@@ -1,4 +1,4 @@
-"""The curvature benchmark as one command, on parts that take no time: what fails takes nothing else away."""
+"""Benchmarks as commands, on parts that take no time: what fails takes nothing else away."""
 
 import importlib
 import sys
@@ -80,3 +80,30 @@ def test_a_peer_that_is_missing_is_named_once(benchmark, capsys):
     assert models.peer("no_such_peer") is None
     assert models.peer("no_such_peer") is None
     assert capsys.readouterr().out.count("no_such_peer is not installed") == 1
+
+
+def test_ratios_of_a_training_step_are_written_with_their_aims_as_parts_come_in(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("training")
+    monkeypatch.setattr(module, "OUT", tmp_path)
+    seconds = {"plain fp32": [6.0, 9.0, 8.0], "ours bf16": [2.0, 3.0, 4.0], "scratch bf16": [2.0, 2.0, 2.0]}
+    ratios = {
+        f"{one} / {other}": module.ratio(seconds, one, other)
+        for one, other in (("plain fp32", "ours bf16"), ("ours bf16", "scratch bf16"), ("ours bf16", "plain fp32"))
+    }
+    share = {"median": 0.1, "low": 0, "high": 1, "target": "at most 0", "met": False}
+    parts = {"step32": {"ratios": ratios}, "data": {"share": share}}
+    for name, found in parts.items():
+        monkeypatch.setitem(module.PARTS, name, lambda found=found: dict(found))
+    module.main(["step32"])
+    module.main(["data"])
+    del sys.modules["training"]
+    assert (tmp_path / "training.md").read_text(encoding="utf-8").splitlines()[2:] == [
+        "| step32 | plain fp32 / ours bf16 | 3 [2, 3] | at least 3.0: met |",
+        "| step32 | ours bf16 / scratch bf16 | 1.5 [1, 2] | at most 1.4: missed |",
+        "| step32 | ours bf16 / plain fp32 | 0.333 [0.333, 0.5] |  |",
+        "| data | images and their changes / the whole step | 0.1 [0, 1] | at most 0: missed |",
+    ]
+    table = pd.read_csv(tmp_path / "training.csv")
+    assert table["median"].tolist() == pytest.approx([3, 1.5, 1 / 3, 0.1])
+    assert {path.suffix for path in tmp_path.glob("training.*")} == {".csv", ".md", ".png", ".pdf"}

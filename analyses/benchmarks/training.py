@@ -17,7 +17,7 @@ channels: one step of CvT-13 at 64 pixels, patches of 4, from scratch, with and 
 data: share of a step's time at 32 pixels that is spent on reading and changing images, under the paper's augmentation.
 
 Ways take turns; a number is the median over the repeats of the ratio within one turn, with its range. Results are in
-figures/benchmark_training/<part>.json, and the ratios of all parts in training.md beside them.
+figures/benchmark_training/<part>.json, and the ratios of all parts in training.csv, .md, .png and .pdf beside them.
 """
 
 import json
@@ -29,10 +29,11 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pandas import DataFrame
 
 from ssat_probe import objectives, registry
 from ssat_probe.augmentation import augment
@@ -42,12 +43,17 @@ from ssat_probe.kernel import Attention
 from ssat_probe.loading import batches
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.recipe import Recipe
+from ssat_probe.table import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AS_USUAL = Execution()
 OUT = Path("figures") / "benchmark_training"
 SIZES = {"step32": ((32, 32), (4, 4)), "step224": ((224, 224), (16, 16)), "channels": ((64, 64), (4, 4))}
 SIZES["compiled"] = SIZES["step32"]
-REPEATS, STEPS = 5, {"step32": 3, "step224": 1, "data": 3, "compiled": 2, "channels": 1}
+REPEATS, STEPS = 7, {"step32": 3, "step224": 1, "data": 3, "compiled": 2, "channels": 1}
+NAMES = {"step32": "32 px", "step224": "224 px", "compiled": "32 px, compiled", "channels": "CvT-13, 64 px"}
 TARGETS = {
     "plain bf16 / ours bf16": ("at least", 1.15),
     "plain fp32 / ours bf16": ("at least", 3.0),
@@ -183,14 +189,14 @@ def ratio(seconds: dict[str, list[float]], first: str, second: str) -> dict[str,
 def step(part: str) -> dict[str, Any]:
     """All ways of a step at one size."""
     ours, plain = {"is_plain": False, "is_bf16": True}, {"is_plain": True, "is_bf16": True}
-    kinds = {  # the method, whether memory is kept, and the options of a step
+    kinds = {  # the method, whether memory is kept, and the options of a step; what is divided stands side by side
+        "scratch bf16": ("scratch", True, ours),
         "ours bf16": ("ssat", True, ours),
+        "plain bf16": ("ssat", False, plain),
+        "plain fp32": ("ssat", False, plain | {"is_bf16": False}),
+        "plain bf16, memory kept": ("ssat", True, plain),
         "ours bf16, fused kernel": ("ssat", True, ours | {"execution": Execution(attention="fused")}),
         "ours fp32": ("ssat", True, ours | {"is_bf16": False}),
-        "plain bf16": ("ssat", False, plain),
-        "plain bf16, memory kept": ("ssat", True, plain),
-        "plain fp32": ("ssat", False, plain | {"is_bf16": False}),
-        "scratch bf16": ("scratch", True, ours),
     }
     pairs = [
         *(name.split(" / ") for name in TARGETS),
@@ -265,19 +271,68 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_table() -> None:
-    """Ratios of the parts that have been run, as in the README."""
-    lines = ["| part | ratio of the seconds of a step | median [range] | target |", "|---|---|---|---|"]
+def table() -> DataFrame:
+    """Ratios of the parts that have been run."""
+    rows = []
     for part in PARTS:
         path = OUT / f"{part}.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        rows = dict(found.get("ratios", {}))
+        ratios = dict(found.get("ratios", {}))
         if "share" in found:
-            rows["images and their changes / the whole step"] = found["share"]
-        for name, row in rows.items():
-            verdict = f"{row['target']}: {'met' if row['met'] else 'missed'}" if "target" in row else ""
-            lines.append(f"| {part} | {name} | {row['median']:.3g} [{row['low']:.3g}, {row['high']:.3g}] | {verdict} |")
-    (OUT / "training.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            ratios["images and their changes / the whole step"] = found["share"]
+        rows += [{"part": part, "ratio": name} | row for name, row in ratios.items()]
+    return DataFrame(rows, columns=["part", "ratio", "median", "low", "high", "target", "met"])
+
+
+def markdown(ratios: DataFrame) -> str:
+    """As in the README."""
+    lines = ["| part | ratio of the seconds of a step | median [range] | target |", "|---|---|---|---|"]
+    for row in ratios.itertuples():
+        verdict = f"{row.target}: {'met' if row.met else 'missed'}" if isinstance(row.target, str) else ""
+        lines.append(f"| {row.part} | {row.ratio} | {row.median:.3g} [{row.low:.3g}, {row.high:.3g}] | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(ratios: DataFrame) -> "Figure":
+    """A mark per ratio, bars from least to most, and what was aimed at; the share of waiting is in the table alone."""
+    from matplotlib import pyplot as plt
+
+    shown = ratios[ratios["part"] != "data"].iloc[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.3 * len(shown)), layout="constrained")
+    ys = np.arange(len(shown))
+    spread = [shown["median"] - shown["low"], shown["high"] - shown["median"]]
+    axes.errorbar(shown["median"], ys, xerr=spread, fmt="o", color="#0072b2", capsize=2, label="median, least to most")
+    for y, target in zip(ys, shown["target"], strict=True):
+        if isinstance(target, str):
+            bound = float(target.split()[-1])
+            axes.plot([bound, bound], [y - 0.4, y + 0.4], color="black", label="aim")
+            arrow = ">" if target.startswith("at least") else "<"
+            axes.plot(bound, y + 0.4, arrow, color="black", markersize=4)
+    axes.axvline(1, color="0.7", linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
+    axes.minorticks_off()
+    named = [f"{NAMES[part]}: {ratio}" for part, ratio in zip(shown["part"], shown["ratio"], strict=True)]
+    axes.set_yticks(ys, named)
+    axes.set_xlabel("ratio of the seconds of a step")
+    figure.suptitle("A training step, batch 64; arrows point to where the aim lies")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False)
+    return figure
+
+
+def write() -> None:
+    """Table and figure of all parts that have been run."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    ratios = table()
+    write_atomically(OUT / "training.csv", ratios.to_csv(index=False))
+    write_atomically(OUT / "training.md", markdown(ratios))
+    figure = draw(ratios)
+    for ending in ("png", "pdf"):
+        figure.savefig(OUT / f"training.{ending}", dpi=130)
 
 
 def main(names: list[str]) -> None:
@@ -287,8 +342,8 @@ def main(names: list[str]) -> None:
             sys.exit(f"A part must be one of {', '.join(PARTS)}, got {name!r}.")
         found = PARTS[name]() | {"threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": REPEATS}
         OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        write_table()
+        write_atomically(OUT / f"{name}.json", json.dumps(found, indent=2) + "\n")
+        write()
         print(json.dumps({key: value for key, value in found.items() if key != "seconds"}, indent=2))
 
 
