@@ -79,7 +79,7 @@ class Recipe:
     "Epochs of the pre-training stage of ssl_ft; none means what the budget says."
 
     budget: Budget = "matched"
-    "matched: ssl_ft runs N + N epochs, which costs what N epochs of ssat cost; equal_epochs: N/2 + N/2."
+    "matched: ssl_ft runs N + N epochs, the passes of N epochs of ssat; equal_epochs: N/2 + N/2."
 
     batch_size: int = 64
     "Images per optimiser step, over all processes and accumulation steps."

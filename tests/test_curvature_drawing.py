@@ -16,7 +16,8 @@ PARAMS = ("norm.*", "head.*")
 
 
 def table(checkpoints: dict[str, Path], **options: object) -> pd.DataFrame:
-    probe = hessian.Probe(steps=12, params=PARAMS, **options)
+    steps = {} if options.get("method") in ("exact", "pyhessian") else {"steps": 12}
+    probe = hessian.Probe(**steps, params=PARAMS, **options)
     sample = Sample(num_images=11, batch_size=4, device="cpu", dtype="float64")
     found = measure_all(probe, list(checkpoints.values()), sample)[0]
     return pd.read_csv(io.StringIO(found.to_csv(index=False)))

@@ -102,7 +102,7 @@ class TestRedrawn:
         monkeypatch.setattr(HessianOperator, "products", lambda self, v: seen.append(len(v)) or products(self, v))
         return seen
 
-    @pytest.mark.parametrize("more", [{}, {"compare": ("exact", "lanczos", "lissa")}, {"method": "exact"}])
+    @pytest.mark.parametrize("more", [{}, {"compare": ("exact", "lanczos", "lissa")}, {"method": "exact", "steps": 80}])
     def test_other_thresholds_take_no_product(
         self, checkpoints: Paths, tmp_path: Path, asked: list[int], more: dict[str, object]
     ) -> None:
