@@ -327,12 +327,15 @@ def write() -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     ratios = table()
     write_atomically(OUT / "training.csv", ratios.to_csv(index=False))
     write_atomically(OUT / "training.md", markdown(ratios))
     figure = draw(ratios)
     for ending in ("png", "pdf"):
         figure.savefig(OUT / f"training.{ending}", dpi=130)
+    plt.close(figure)
 
 
 def main(names: list[str]) -> None:

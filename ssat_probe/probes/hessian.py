@@ -263,11 +263,8 @@ class Probe:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}. Take the default.")
         methods = self.compare or (self.method,)
         stepping = ("lanczos", "lissa", "batches")
-        for name, unused, using in (
-            ("until", (), stepping[:1]),
-            ("probes", 1, stepping[:1]),
-            ("steps", Probe.steps, stepping),
-        ):
+        needs = {"until": ((), stepping[:1]), "probes": (1, stepping[:1]), "steps": (Probe.steps, stepping)}
+        for name, (unused, using) in needs.items():
             if getattr(self, name) != unused and not {*using} & {*methods}:
                 raise ValueError(
                     f"--{name} must go with the method {' or '.join(using)}, got {' '.join(methods)}. Leave it out, or "
