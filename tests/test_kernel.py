@@ -39,6 +39,28 @@ def test_every_kernel_is_softmax_attention_with_its_gradient(name: str, scale: f
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bias", "allowed"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_takes_masks_as_torch_does(name: str, kind: str) -> None:
+    query, key, value = parts()
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(1, 3, 5, 11, generator=generator, dtype=torch.float64).requires_grad_()  # as Swin's
+    allowed = torch.rand(2, 1, 1, 11, generator=generator) > 0.4  # as CvT's with masked convolutions
+    mask, given = (bias, [query, key, value, bias]) if kind == "bias" else (allowed, [query, key, value])
+    weights = (torch.einsum("bhqd,bhkd->bhqk", query, key) * 7**-0.5 + (bias if kind == "bias" else 0)).exp()
+    weights = weights if kind == "bias" else weights * allowed
+    expected = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), value)
+    got = KERNELS[name](query, key, value, mask)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).view_as(got)
+    for one, other in zip(
+        torch.autograd.grad((got * weight).sum(), given),
+        torch.autograd.grad((expected * weight).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_low_precision_is_off_by_its_rounding_alone(name: str) -> None:
     given = [part.bfloat16() for part in parts()]
@@ -95,8 +117,8 @@ def test_another_kernel_must_be_faster_by_far(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], best: str
 ) -> None:
     names = {kernel: name for name, kernel in KERNELS.items()}
-    monkeypatch.setattr(kernel, "_seconds", lambda one, _: seconds[names[one]])
-    assert fastest(*SHAPES, dtype=torch.float32, device="cpu") == (best, seconds)
+    monkeypatch.setattr(kernel, "_seconds", lambda one, _: seconds[names[one.func]])
+    assert fastest(*parts()) == (best, seconds)
 
 
 def test_a_shape_is_measured_once_in_a_process_and_what_was_chosen_before_is_kept(
@@ -104,8 +126,8 @@ def test_a_shape_is_measured_once_in_a_process_and_what_was_chosen_before_is_kep
 ) -> None:
     measured: list[Any] = []
 
-    def noted(*shapes: Any, dtype: torch.dtype, device: Any) -> tuple[str, dict[str, float]]:
-        measured.append((*shapes, dtype))
+    def noted(*given: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, dict[str, float]]:
+        measured.append((*(tuple(part.shape) for part in given), given[0].dtype, mask))
         return "plain", {}
 
     monkeypatch.setattr(kernel, "_measured", {})
@@ -116,7 +138,7 @@ def test_a_shape_is_measured_once_in_a_process_and_what_was_chosen_before_is_kep
         with attention.step():
             F.scaled_dot_product_attention(*parts())
         assert attention.chosen == {case: "plain"}
-    assert measured == [(*SHAPES, torch.float64)]
+    assert measured == [(*SHAPES, torch.float64, None)]
     monkeypatch.setattr(kernel, "_measured", {})
     kept = Attention(chosen={case: "math"})
     with kept.step():
@@ -125,14 +147,32 @@ def test_a_shape_is_measured_once_in_a_process_and_what_was_chosen_before_is_kep
     assert len(measured) == 1
 
 
-def test_masks_and_passes_without_a_gradient_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = Attention("plain")
+def test_calls_without_a_gradient_or_with_dropout_or_causal_are_torchs_own() -> None:
+    attention = Attention()
     query, key, value = parts()
     with attention.step():
-        F.scaled_dot_product_attention(query, key, value, torch.ones(5, 11, dtype=torch.bool))
         F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        F.scaled_dot_product_attention(query, key, value, None, 0.5)
         F.scaled_dot_product_attention(query.detach(), key.detach(), value.detach())
     assert attention.chosen == {}
+
+
+def test_what_is_measured_has_the_mask_in_its_name_and_its_gradient() -> None:
+    query, key, value = parts(torch.float32)
+    bias = torch.zeros(1, 3, 5, 11)
+    asked: list[Any] = [None, bias, bias.clone().requires_grad_(), torch.ones(2, 1, 1, 11, dtype=torch.bool)]
+    attention = Attention()
+    with torch.autocast("cpu", torch.bfloat16), attention.step():
+        for mask in asked:
+            F.scaled_dot_product_attention(query, key, value, mask)
+        F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # the same as the second one
+    case = "cpu bfloat16 2x3x5/11x7"
+    assert list(attention.chosen) == [
+        case,
+        f"{case} mask bfloat16 1x3x5x11",
+        f"{case} mask bfloat16 1x3x5x11 with gradient",
+        f"{case} mask bool 2x1x1x11",
+    ]
 
 
 def test_autocast_is_asked_for_its_dtype() -> None:
@@ -171,6 +211,38 @@ def test_a_kernel_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
 
 def recipe_of(**fields: Any) -> Recipe:
     return Recipe(model="vit_pico", subset=23, batch_size=7, epochs=2, warmup_epochs=0, base_lr=1e-2, **fields)
+
+
+OF_CVT = ["6x1x64/16x8", "6x2x16/4x8", "6x3x5/2x8"]
+MASKED_IN_CVT = [f"{case} mask bool 6x1x1x{keys}" for case, keys in zip(OF_CVT, (16, 4, 2), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        ("vit_pico", {}, ["6x3x17x4", "6x3x5x4", "6x2x17x4"]),
+        ("timm:vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4}, ["6x3x5x64", "6x3x2x64", "6x16x5x8"]),
+        ("swin_nano", {}, ["6x4x16x4"]),  # the decoder alone
+        ("cvt_nano", {}, [*OF_CVT, "6x4x5x4"]),
+        ("cvt_nano", {"masked_convolutions": True}, [*OF_CVT, *MASKED_IN_CVT, "6x4x5x4"]),
+    ],
+)
+def test_every_architecture_attends_by_the_kernel_that_is_asked_for(
+    tmp_path: Path, model: str, options: dict[str, Any], expected: list[str]
+) -> None:
+    recipe = Recipe(model=model, subset=6, batch_size=6, epochs=1, warmup_epochs=0, **options)
+    run = train(recipe, tmp_path, device="cpu", execution=Execution(attention="plain"))
+    used = json.loads((run.path.parent / "cost.json").read_text())["train"]["attention"]
+    assert used == {f"cpu float32 {case}": "plain" for case in expected}
+
+
+def test_a_kernel_for_what_does_not_ask_for_one_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe(method="scratch", model="swin_nano", subset=6, batch_size=6, epochs=1)
+    with pytest.raises(
+        ValueError, match=r"attention must be auto or fused for a model .* as Swin .* got 'math'; leave it out"
+    ):
+        train(recipe, tmp_path, device="cpu", execution=Execution(attention="math"))
+    train(recipe, tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("method", ["ssat", "ssl_ft"])
