@@ -17,6 +17,7 @@ from ssat_probe import comparison, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
+from ssat_probe.data import refuse_idle_options
 from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE, known
 from ssat_probe.results import costs, gathered, stages_of
@@ -136,8 +137,8 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         measurements=tuple(measurements),
         measures=measures,
         claims=claims,
-        jobs=int(content.get("jobs", 0)),
-        threads=int(content.get("threads", 0)),
+        jobs=_count("jobs", content.get("jobs", 0), str(path)),
+        threads=_count("threads", content.get("threads", 0), str(path)),
         axes=axes,
         tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
     )
@@ -152,8 +153,9 @@ def plan(analysis: Analysis, data_dir: Path | None = None, download: bool = Fals
         download: Fetch the data set if it is not there.
 
     Returns:
-        Resolved recipes with their budgets.
+        Resolved recipes with their budgets; an option that has no effect on any is a ValueError.
     """
+    refuse_idle_options(sorted({recipe.data for recipe in analysis.recipes}), data_dir, download)
     plans: dict[Recipe, tuple[Recipe, Budget]] = {}
     for recipe in analysis.recipes:
         alike = dataclasses.replace(recipe, seed=0)  # seeds cost the same
@@ -223,7 +225,13 @@ def run(
 
     Returns:
         The comparison of the methods and the verdicts on the claims.
+
+    Raises:
+        ValueError: If there are options for a cluster and none is asked for.
     """
+    jobs = _count("--jobs", jobs, "the command line")
+    if cluster_options and not cluster:
+        raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
     started = time.monotonic()
     path = out / "analysis.json"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -270,6 +278,15 @@ def run(
         record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     return comparison.readable(compared), verdicts
+
+
+def _count(name: str, value: Any, source: str) -> int:
+    """A number of processes or threads."""
+    if type(value) is not int or value < 0:
+        raise ValueError(
+            f"{name} of {source} must be a whole number, 0 for what the cores allow, got {value!r}; choose another."
+        )
+    return value
 
 
 def _check_axes(axes: Sequence[str], measurements: Sequence[Measurement], path: Path) -> None:

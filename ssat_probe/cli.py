@@ -78,7 +78,7 @@ def train(
     from ssat_probe.effect import refuse_idle
 
     refuse_idle(recipe, WORDS.get())
-    refuse_idle_options(recipe.data, data_dir, download)
+    refuse_idle_options([recipe.data], data_dir, download)
     with terminal.hushed(int(os.environ.get("RANK", "0")) > 0):  # as torchrun and accelerate launch number processes
         resolved, budget = training.plan(recipe, data_dir, download)
         terminal.print_budget(resolved, budget)

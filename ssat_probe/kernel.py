@@ -164,9 +164,8 @@ class _Call:
     @classmethod
     def of(cls, args: Sequence[Any], options: Mapping[str, Any]) -> "_Call | None":
         """The call, if it is one."""
-        given = (
-            dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | options
-        )
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **options}
         parts = [given.pop(name) for name in ("query", "key", "value")]
         mask, scale = given.pop("attn_mask", None), given.pop("scale", None)
         needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in parts)

@@ -323,6 +323,8 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
         (("hessian: {", "hessian: {snapshots: 3, "), r"snapshots of hessian must be a list of epochs, got 3; write"),
         (("seeds: [0, 1]", "seeds: []"), r"tiny.yaml must say seeds, got nothing there"),
         (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),
+        (("threads: 1", "threads: two"), r"threads of .*tiny.yaml must be a whole number, 0 for .*, got 'two'; choose"),
+        (("threads: 1", "jobs: -1"), r"jobs of .*tiny.yaml must be a whole number, 0 for .*, got -1; choose another"),
         ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),
     ],
 )
@@ -330,6 +332,30 @@ def test_mistakes_in_a_file_are_named(tiny: Path, change: tuple[str, str], sente
     tiny.write_text(TINY.replace(*change), encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         analysis.read(tiny)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ("--data-dir", "there"),
+            "--data-dir must have an effect, got one that has none: data digits is embedded; leave",
+        ),
+        (("--download",), "--download must have an effect, got one that has none: data digits is embedded"),
+        (("--cluster-options", "timeout_min=3"), "--cluster-options must come with --cluster, got them alone; add "),
+        (("--jobs", "-1"), "--jobs of the command line must be a whole number, 0 for what the cores allow, got -1; "),
+    ],
+)
+def test_an_option_of_the_command_line_without_effect_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], sentence: str
+) -> None:
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    with pytest.raises(SystemExit) as caught:
+        main(["reproduce", str(tiny), "--out", str(out), "--checkpoints", str(runs), *options])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(sentence)
+    assert not out.exists()
+    assert not runs.exists()
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One file per data set, each exporting ``Dataset``."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ssat_probe import registry
@@ -31,20 +31,22 @@ def open_dataset(
     return registry.load("data", name).Dataset(**options)
 
 
-def refuse_idle_options(name: str, root: Path | None, download: bool) -> None:
-    """Refuse options of the command line that have no effect on an embedded data set.
+def refuse_idle_options(names: Collection[str], root: Path | None, download: bool) -> None:
+    """Refuse options of the command line that have no effect on embedded data sets.
 
     Args:
-        name: Of the data set.
+        names: Of the data sets that are used.
         root: What was given for ``--data-dir``.
         download: Whether ``--download`` was given.
 
     Raises:
-        ValueError: If one was given for a data set that needs nothing on disk.
+        ValueError: If one was given and no data set needs anything on disk.
     """
     option = "--data-dir" if root is not None else "--download"
-    if (root is not None or download) and not open_dataset(name).source.tree:
-        raise ValueError(f"{option} must have an effect, got one that has none: data {name} is embedded; leave it out.")
+    if (root is not None or download) and not any(open_dataset(name).source.tree for name in names):
+        raise ValueError(
+            f"{option} must have an effect, got one that has none: data {', '.join(names)} is embedded; leave it out."
+        )
 
 
 def description(name: str, root: Path | None = None) -> Iterator[str]:
