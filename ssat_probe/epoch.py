@@ -1,6 +1,7 @@
 """End of an epoch: a look at the validation images, the log's row, and what the epoch has cost."""
 
 import time
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from ssat_probe.loading import batches
 from ssat_probe.meter import peak_memory_bytes
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import Run, State
+from ssat_probe.workers import sentence_of
 
 LOOKS = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
 "What a look at the gradients of both terms gives; the log has its mean over the steps looked at in an epoch."
@@ -112,7 +114,14 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
     _charge(run, state, stage, spent)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
-        run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
+        try:
+            run.accelerator.log({k: v for k, v in row.items() if k != "stage"}, step=len(state.rows))
+        except Exception as error:  # of any kind: a server that went away is no reason to end a training
+            warnings.warn(
+                f"The tracker did not take epoch {row['epoch']} of stage {stage} and says: {sentence_of(error)}; "
+                "log.csv has it.",
+                stacklevel=2,
+            )
 
 
 def has_lost_patience(recipe: Recipe, state: State, stage: str) -> bool:

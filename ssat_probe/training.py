@@ -48,6 +48,7 @@ from ssat_probe.schedule import classification_weight, learning_rate
 from ssat_probe.sharing import share_network
 from ssat_probe.table import write_atomically
 from ssat_probe.update import refuse_too_small, update
+from ssat_probe.workers import sentence_of
 
 Progress = Callable[[int, int, str], None]
 "Told after each step: steps done, steps in all, and what is going on."
@@ -287,7 +288,13 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
     if tracker and not accelerator.log_with:
         raise ValueError(f"tracker must be one that is installed here, got {tracker!r}; install it with pip.")
     if tracker:
-        accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
+        try:
+            accelerator.init_trackers(recipe.name, config={k: str(v) for k, v in recipe.as_dict().items()})
+        except Exception as error:  # of any kind: nobody is logged in, no server is there, no folder may be written
+            raise ValueError(
+                f"tracker must be ready to log to, got {tracker} which says: {sentence_of(error)}; set it up, or leave "
+                "it out (log.csv has the same)."
+            ) from error
     return accelerator
 
 

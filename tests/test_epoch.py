@@ -156,6 +156,26 @@ def test_wandb_is_told_the_recipe_and_what_the_log_says(tmp_path: Path, monkeypa
     started.finish.assert_called_once_with()
 
 
+def test_a_tracker_that_cannot_start_is_named_and_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = stand_in(monkeypatch, "wandb")
+    wandb.init.side_effect = OSError("No API key configured. Use `wandb login` to log in.")
+    sentence = r"tracker must be ready to log to, got wandb which says: No API key .* to log in; set it up, or leave it"
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny(), tmp_path, device="cpu", tracker="wandb")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_tracker_that_goes_away_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = stand_in(monkeypatch, "wandb")
+    wandb.init.return_value.log.side_effect = [None, ConnectionError("server is gone"), *[None] * 4]
+    with pytest.warns(UserWarning, match=r"did not take epoch 2 of stage train and says: server is gone; log.csv has"):
+        followed = train(tiny(), tmp_path / "followed", device="cpu", tracker="wandb")
+    assert len(log_of(followed)) == 6
+    assert followed.hash == train(tiny(), tmp_path / "alone", device="cpu").hash
+
+
 def test_mlflow_is_told_the_recipe_and_what_the_log_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = stand_in(monkeypatch, "mlflow")
     mlflow.search_experiments.return_value = []
