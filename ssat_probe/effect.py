@@ -35,7 +35,7 @@ def without_effect(recipe: Recipe, typed: Collection[str] = ()) -> dict[str, str
     Returns:
         Why each of them has no effect, by its name.
     """
-    masks = recipe.has_task and recipe.reconstructs
+    predicts = recipe.has_task and recipe.reconstructs
     classifies = recipe.method != "ssat" or max(recipe.lambda_ends) > 0
     lone = f"method {recipe.method}" + (
         f" with lambda_weight {recipe.lambda_weight:g}" if recipe.method == "ssat" else ""
@@ -59,15 +59,14 @@ def without_effect(recipe: Recipe, typed: Collection[str] = ()) -> dict[str, str
     why = lone if not recipe.has_task else f"task {recipe.task}"
     decoding = ("decoder", "decoder_depth", "decoder_width", "decoder_heads", "norm_pix", "reconstruction_loss",
                 "reconstruction_target")  # fmt: skip
-    reasons |= dict.fromkeys(decoding, "" if masks else f"{why} masks nothing")
-    classifies_masked = recipe.method == "ssat" and recipe.cls_view == "masked"
-    reasons["mask_ratio"] = "" if masks or classifies_masked else f"{why} masks nothing"
-    if masks and recipe.task == "simmim":
+    reasons |= dict.fromkeys(decoding, "" if predicts else f"{why} masks nothing")
+    reasons["mask_ratio"] = "" if recipe.masks else f"{why} masks nothing"
+    if predicts and recipe.task == "simmim":
         own = "task simmim has its own linear decoder and absolute errors"
         reasons |= dict.fromkeys([name for name in decoding if name not in ("norm_pix", "reconstruction_target")], own)
-    if masks and recipe.augmentation != "strong":
+    if predicts and recipe.augmentation != "strong":
         reasons["reconstruction_target"] = f"augmentation {recipe.augmentation} has neither colours nor noise"
-    reasons["masked_convolutions"] = "" if masks or classifies_masked else f"{why} masks nothing"
+    reasons["masked_convolutions"] = "" if recipe.masks else f"{why} masks nothing"
     if registry.variants("models").get(recipe.model) != "cvt":
         reasons["masked_convolutions"] = f"model {recipe.model} has no convolutions but its patch embedding"
     if recipe.subset is None:

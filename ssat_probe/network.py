@@ -50,7 +50,8 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         decoder_heads=recipe.decoder_heads or heads,
     )
     encoder = _outline(resolved, facts)
-    num_masked(encoder.num_tokens, recipe.mask_ratio)
+    if recipe.masks:
+        num_masked(encoder.num_tokens, recipe.mask_ratio)
     if recipe.reconstructs and decoder_of(recipe) == "simmim" and not encoder.keeps_hidden:
         raise ValueError(
             f"decoder must be one for an encoder that leaves hidden patches out, as {recipe.model} does, got 'simmim'; "

@@ -100,10 +100,10 @@ def num_masked(num_tokens: int, mask_ratio: float) -> int:
     masked = round(num_tokens * mask_ratio)
     if not 1 <= masked <= num_tokens - 1:
         state = "visible" if masked else "masked"
+        between = f"one between {1 / num_tokens:.3g} and {1 - 1 / num_tokens:.3g} or " if num_tokens > 1 else ""
         raise ValueError(
             f"mask_ratio must leave at least one visible and one masked token of {num_tokens}, "
-            f"got {mask_ratio}, which leaves no {state} one; choose one between {1 / num_tokens:.3g} "
-            f"and {1 - 1 / num_tokens:.3g} or a smaller patch_size."
+            f"got {mask_ratio}, which leaves no {state} one; choose {between}a smaller patch_size."
         )
     return masked
 

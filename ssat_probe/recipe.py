@@ -222,6 +222,11 @@ class Recipe:
         return self.task in ("reconstruction", "simmim")
 
     @property
+    def masks(self) -> bool:
+        """Whether a pass is made that hides patches."""
+        return (self.has_task and self.reconstructs) or (self.method == "ssat" and self.cls_view == "masked")
+
+    @property
     def stage_epochs(self) -> dict[str, int]:
         """Epochs of each stage, in order: ``pretrain`` and ``finetune`` for ssl_ft, else ``train``."""
         if self.method != "ssl_ft":

@@ -49,6 +49,14 @@ def test_a_mask_ratio_that_leaves_no_token_is_named(make_facts: Make, ratio: flo
         resolve(Recipe(mask_ratio=ratio), make_facts())
 
 
+def test_what_hides_nothing_may_be_of_one_token(make_facts: Make) -> None:
+    for fields in ({"method": "scratch"}, {"task": "contrastive"}, {"lambda_weight": 1.0}):
+        assert resolve(Recipe(patch_size=8, **fields), make_facts()).patch_size == (8, 8)  # type: ignore[arg-type]
+    for fields in ({"method": "ssl_ft"}, {"method": "ssat"}, {"task": "contrastive", "cls_view": "masked"}):
+        with pytest.raises(ValueError, match=r"token of 1, got 0\.75"):
+            resolve(Recipe(patch_size=8, **fields), make_facts())  # type: ignore[arg-type]
+
+
 def test_initial_weights_depend_on_the_seed_alone_and_are_those_of_every_method(make_recipe: Make) -> None:
     def weights(seed: int, method: str, global_seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(global_seed)

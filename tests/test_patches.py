@@ -80,6 +80,11 @@ def test_a_ratio_that_leaves_no_token_of_a_kind_is_refused(num_tokens: int, mask
         patches.num_masked(num_tokens, mask_ratio)
 
 
+def test_of_one_token_no_ratio_leaves_both_kinds() -> None:
+    with pytest.raises(ValueError, match=r"token of 1, got 0\.75, which leaves no visible one; choose a smaller patch"):
+        patches.num_masked(1, 0.75)
+
+
 @given(num_tokens=st.integers(2, 300), masked=st.integers(1, 299))
 def test_the_share_of_a_count_gives_that_count_back(num_tokens: int, masked: int) -> None:
     masked = min(masked, num_tokens - 1)
