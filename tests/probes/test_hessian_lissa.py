@@ -86,7 +86,7 @@ def residual(damped: Tensor, solution: Tensor, vector: Tensor) -> float:
 
 
 def test_more_samples_leave_less_noise_of_mini_batches(command, tmp_path):
-    settings = ("damping=0.2", "scale=0.5", "recursion_depth=60")
+    settings = ("damping=0.2", "scale=0.5", "recursion_depth=30")
     assert command("--method", "lissa", "--lissa", *settings)[0] == 0
     one = values(tmp_path)
     assert one["inverse_residual_lissa"] <= 1e-3
