@@ -136,8 +136,8 @@ def _tracker(country: str) -> Any:
         from codecarbon import OfflineEmissionsTracker
     except ImportError as error:
         raise ValueError(
-            "country needs the package codecarbon, got an environment without it; pip install 'ssat-probe[carbon]', or "
-            "state --intensity in g/kWh."
+            f"country needs the package codecarbon, got an environment without {error.name or 'it'}; pip install "
+            "'ssat-probe[carbon]', or state --intensity in g/kWh."
         ) from error
     return OfflineEmissionsTracker(
         country_iso_code=country, tracking_mode="machine", output_methods=[], allow_multiple_runs=True,

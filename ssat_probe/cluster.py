@@ -70,7 +70,8 @@ def as_jobs(
         import submitit
     except ImportError as error:
         raise ValueError(
-            f"cluster {cluster} needs submitit, got an environment without it; pip install 'ssat-probe[slurm]'."
+            f"cluster {cluster} needs submitit, got an environment without {error.name or 'it'}; pip install "
+            "'ssat-probe[slurm]'."
         ) from error
     executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
     wanted = {"name": "ssat-probe"} | ({"cpus_per_task": threads} if threads else {})

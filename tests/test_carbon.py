@@ -137,9 +137,18 @@ def test_a_country_that_codecarbon_does_not_know_is_refused(codecarbon: type[Off
         Carbon(Supply(country="XYZ"))
 
 
-def test_without_codecarbon_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "codecarbon", None)
-    with pytest.raises(ValueError, match=r"country needs the package codecarbon, .*ssat-probe\[carbon\]'"):
+@pytest.mark.parametrize(("there", "missing"), [(False, "codecarbon"), (True, "a_part_of_it")])
+def test_without_codecarbon_the_sentence_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool, missing: str
+) -> None:
+    if there:
+        (tmp_path / "codecarbon.py").write_text(f"import {missing}")
+        monkeypatch.delitem(sys.modules, "codecarbon", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "codecarbon", None)
+    sentence = rf"country needs the package codecarbon, got an environment without {missing}; .*ssat-probe\[carbon\]'"
+    with pytest.raises(ValueError, match=sentence):
         Carbon(Supply(country="FRA"))
 
 

@@ -95,7 +95,7 @@ what save_to_disk wrote, or nothing: then it is the cache
             import datasets
         except ImportError as error:
             raise ValueError(
-                f"hf:{self.name} needs the package datasets, got an environment without it; "
+                f"hf:{self.name} needs the package datasets, got an environment without {error.name or 'it'}; "
                 "pip install 'ssat-probe[huggingface]'."
             ) from error
         if self.root is not None and (self.root / "dataset_dict.json").is_file():
