@@ -99,9 +99,9 @@ def test_ratios_of_a_training_step_are_written_with_their_aims_as_parts_come_in(
     module.main(["data"])
     del sys.modules["training"]
     assert (tmp_path / "training.md").read_text(encoding="utf-8").splitlines()[2:] == [
-        "| step32 | plain fp32 / ours bf16 | 3 [2, 3] | at least 3.0: met |",
-        "| step32 | ours bf16 / scratch bf16 | 1.5 [1, 2] | at most 1.4: missed |",
-        "| step32 | ours bf16 / plain fp32 | 0.333 [0.333, 0.5] |  |",
+        "| step32 | plain fp32 / ours bf16 | 3 [2.5, 3] | at least 3.0: met |",
+        "| step32 | ours bf16 / scratch bf16 | 1.5 [1.25, 1.75] | at most 1.4: missed |",
+        "| step32 | ours bf16 / plain fp32 | 0.333 [0.333, 0.417] |  |",
         "| data | images and their changes / the whole step | 0.1 [0, 1] | at most 0: missed |",
     ]
     table = pd.read_csv(tmp_path / "training.csv")
