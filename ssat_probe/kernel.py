@@ -144,12 +144,13 @@ class Attention(TorchFunctionMode):
 
     def _of(self, call: "_Call") -> str:
         """Kernel for such tensors."""
-        if call.case not in self.chosen:
-            if self.asked == "auto" and call.case not in _measured:
+        case = call.case
+        if case not in self.chosen:
+            if self.asked == "auto" and case not in _measured:
                 with torch.autocast(call.parts[0].device.type, enabled=False), torch.enable_grad():
-                    _measured[call.case] = fastest(*call.parts, mask=call.mask)
-            self.chosen[call.case] = _measured[call.case][0] if self.asked == "auto" else self.asked
-        return self.chosen[call.case]
+                    _measured[case] = fastest(*call.parts, mask=call.mask)
+            self.chosen[case] = _measured[case][0] if self.asked == "auto" else self.asked
+        return self.chosen[case]
 
 
 @dataclass(frozen=True)

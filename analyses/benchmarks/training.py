@@ -13,7 +13,8 @@ ours with torch's fused kernel of attention, and a step of training from scratch
 since the allocator is the process's.
 compiled: the same at 32 pixels with --compile, whose attention is in products (as on every CPU), and in torch's fused
 kernel; the blocks are compiled before the first turn.
-channels: one step of CvT-13 at 64 pixels, patches of 4, from scratch, with and without --channels-last.
+channels: one step of CvT-13 at 64 pixels, patches of 4, from scratch, with and without --channels-last, and in bfloat16
+with torch's fused kernel of attention.
 data: share of a step's time at 32 pixels that is spent on reading and changing images, under the paper's augmentation.
 
 Ways take turns, a step each; a number is the median over the turns of the ratio within one, with its quartiles. Results
@@ -239,13 +240,15 @@ def compiled() -> dict[str, Any]:
 
 
 def channels() -> dict[str, Any]:
-    """A step of a network of convolutions in either order of memory."""
-    kinds = {}
+    """A step of a network of convolutions in either order of memory, and with torch's own kernel of attention."""
+    fused = {"is_plain": False, "is_bf16": True, "execution": Execution(attention="fused")}
+    kinds: dict[str, Any] = {"channels first bf16, fused kernel": ("scratch", True, fused)}
     for name, is_bf16 in (("bf16", True), ("fp32", False)):
         options: dict[str, Any] = {"is_plain": False, "is_bf16": is_bf16}
         kinds[f"channels first {name}"] = ("scratch", True, options)
         kinds[f"channels last {name}"] = ("scratch", True, options | {"execution": Execution(channels_last=True)})
     pairs = [(f"channels first {name}", f"channels last {name}") for name in ("bf16", "fp32")]
+    pairs.append(("channels first bf16, fused kernel", "channels first bf16"))
     return compared("channels", kinds, pairs)
 
 
