@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssat_probe.patches import Features, patchify, unpatchify
+from ssat_probe.patches import Features, patchify, taken, unpatchify
 
 
 class Losses(NamedTuple):
@@ -51,25 +51,30 @@ def reconstruction_error(
     """
     features = encoder.encode(images, mask) if features is None else features
     patch_size = tuple(size // count for size, count in zip(images.shape[2:], features.grid, strict=True))
-    predicted = predicted_patches(decoder, features)
-    distance_of = F.l1_loss if distance == "l1" else F.mse_loss
+    predicted = predicted_patches(decoder, features, hidden_only=True)
     pixels = target_of(images if target is None else target, patch_size, norm_pix)
+    distance_of = F.l1_loss if distance == "l1" else F.mse_loss
+    if predicted.shape[1] < pixels.shape[1]:
+        return distance_of(predicted, taken(pixels, features.hidden_ids), reduction="none").mean(dim=(1, 2))
     per_patch = distance_of(predicted, pixels, reduction="none").mean(dim=2)
     mask = mask.to(images.device)
     return (per_patch * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def predicted_patches(decoder: nn.Module, features: Features) -> Float[Tensor, "batch token value"]:
-    """What the decoder makes of every patch.
+def predicted_patches(
+    decoder: nn.Module, features: Features, *, hidden_only: bool = False
+) -> Float[Tensor, "batch chosen value"]:
+    """What the decoder makes of the patches.
 
     Args:
         decoder: Predicts every patch.
         features: Of the visible ones.
+        hidden_only: Leave out the visible ones where the encoder has left out the others.
 
     Returns:
-        One row of pixels per patch, to be compared with `target_of`.
+        One row of pixels per patch, to be compared with `target_of`, or per patch of ``features.hidden_ids``.
     """
-    return _at_least_float32(decoder(features))
+    return _at_least_float32(decoder(features, hidden_only=hidden_only))
 
 
 def target_of(

@@ -1,6 +1,7 @@
 """Images as tokens: patches, fixed positions, masks, and what an encoder hands to a decoder."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -25,6 +26,16 @@ class Features:
     def summary(self) -> Float[Tensor, "batch dim"]:
         """The image in one vector: the class token, or the mean of the tokens where there is none."""
         return self.tokens.mean(dim=1) if self.class_token is None else self.class_token
+
+    @cached_property
+    def hidden_ids(self) -> Int[Tensor, "batch hidden"]:
+        """Raster index of each patch without a token, ascending."""
+        ids = self.visible_ids
+        if ids is None:
+            return torch.empty(len(self.tokens), 0, dtype=torch.long, device=self.tokens.device)
+        hidden = torch.ones(len(ids), self.grid[0] * self.grid[1], dtype=torch.int8, device=ids.device)
+        ranked = hidden.scatter(1, ids, 0).argsort(dim=1, descending=True, stable=True)
+        return ranked[:, : hidden.shape[1] - ids.shape[1]]
 
 
 def patchify(
@@ -133,6 +144,22 @@ def visible_ids_of(mask: Bool[Tensor, "batch token"]) -> Int[Tensor, "batch visi
     """
     num_visible = int((~mask[0]).sum())
     return mask.int().argsort(dim=1, stable=True)[:, :num_visible]
+
+
+def taken(
+    rows: Float[Tensor, "batch token dim"], ids: Int[Tensor, "batch chosen"]
+) -> Float[Tensor, "batch chosen dim"]:
+    """Some rows of each image, as `torch.gather` would take them number by number.
+
+    Args:
+        rows: Of all tokens.
+        ids: Which are wanted of each image.
+
+    Returns:
+        Those, in this order.
+    """
+    first = torch.arange(len(rows), device=ids.device)[:, None] * rows.shape[1]
+    return rows.flatten(0, 1).index_select(0, (ids + first).flatten()).unflatten(0, ids.shape)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], with_class_token: bool) -> Float[Tensor, "token dim"]:

@@ -311,7 +311,7 @@ def test_a_plan_says_what_a_run_costs_and_trains_nothing(run: Run, tmp_path: Pat
     printed = run("train", "--method", "ssl_ft", "--subset", "500", "--epochs", "13", "--plan")
     assert printed == (
         "vit_nano-digits-ssl_ft-seed0: 51,850 parameters + 7,204 in the decoder, peak learning rate 0.00025\n"
-        "  pretrain: 13 epochs, 91 steps, 5,824 images, 0.384 M multiply-adds per image forward\n"
+        "  pretrain: 13 epochs, 91 steps, 5,824 images, 0.369 M multiply-adds per image forward\n"
         "  finetune: 13 epochs, 91 steps, 5,824 images, 0.949 M multiply-adds per image forward\n"
     )
     assert not list(tmp_path.iterdir())

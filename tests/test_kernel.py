@@ -213,6 +213,7 @@ def recipe_of(**fields: Any) -> Recipe:
     return Recipe(model="vit_pico", subset=23, batch_size=7, epochs=2, warmup_epochs=0, base_lr=1e-2, **fields)
 
 
+OF_TIMM = ["6x3x5x64", "6x3x2x64"]
 OF_CVT = ["6x1x64/16x8", "6x2x16/4x8", "6x3x5/2x8"]
 MASKED_IN_CVT = [f"{case} mask bool 6x1x1x{keys}" for case, keys in zip(OF_CVT, (16, 4, 2), strict=True)]
 
@@ -220,11 +221,11 @@ MASKED_IN_CVT = [f"{case} mask bool 6x1x1x{keys}" for case, keys in zip(OF_CVT, 
 @pytest.mark.parametrize(
     ("model", "options", "expected"),
     [
-        ("vit_pico", {}, ["6x3x17x4", "6x3x5x4", "6x2x17x4"]),
-        ("timm:vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4}, ["6x3x5x64", "6x3x2x64", "6x16x5x8"]),
+        ("vit_pico", {}, ["6x3x17x4", "6x3x5x4", "6x2x12/17x4"]),
+        ("timm:vit_tiny_patch16_224", {"img_size": 8, "patch_size": 4}, [*OF_TIMM, "6x16x5x8", "6x16x3/5x8"]),
         ("swin_nano", {}, ["6x4x16x4"]),  # the decoder alone
-        ("cvt_nano", {}, [*OF_CVT, "6x4x5x4"]),
-        ("cvt_nano", {"masked_convolutions": True}, [*OF_CVT, *MASKED_IN_CVT, "6x4x5x4"]),
+        ("cvt_nano", {}, [*OF_CVT, "6x4x5x4", "6x4x4/5x4"]),
+        ("cvt_nano", {"masked_convolutions": True}, [*OF_CVT, *MASKED_IN_CVT, "6x4x5x4", "6x4x3/5x4"]),
     ],
 )
 def test_every_architecture_attends_by_the_kernel_that_is_asked_for(

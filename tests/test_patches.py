@@ -134,3 +134,16 @@ def test_positions_at_hand_computed_places() -> None:
 def test_positions_need_a_width_that_is_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match=r"must be a multiple of 4, got 10; choose another width"):
         patches.sincos_positions(10, (2, 2), with_class_token=False)
+
+
+def test_hidden_ids_are_those_that_are_not_visible_and_ascend() -> None:
+    tokens, visible = torch.zeros(2, 2, 1), torch.tensor([[4, 0], [3, 5]])
+    features = patches.Features(tokens, None, GRID, visible)
+    assert features.hidden_ids.tolist() == [[1, 2, 3, 5], [0, 1, 2, 4]]
+    assert patches.Features(torch.zeros(2, 6, 1), None, GRID, None).hidden_ids.shape == (2, 0)
+
+
+def test_taken_rows_are_those_of_their_own_image(generator: Callable[[str], torch.Generator]) -> None:
+    rows = torch.randn(2, 6, 3, generator=generator("taken"))
+    got = patches.taken(rows, torch.tensor([[5, 0, 5], [2, 1, 3]]))
+    assert torch.equal(got, torch.stack([rows[0, [5, 0, 5]], rows[1, [2, 1, 3]]]))

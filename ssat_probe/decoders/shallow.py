@@ -4,11 +4,46 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssat_probe.patches import Features, sincos_positions
+from ssat_probe.patches import Features, sincos_positions, taken
+
+
+class LastBlock(Block):
+    """Block that can be asked for its last tokens alone; all of them are attended to."""
+
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+
+    def forward(  # type: ignore[override]  # timm's own options have no use here
+        self, tokens: Float[Tensor, "batch token dim"], num_asked: int | None = None
+    ) -> Float[Tensor, "batch asked dim"]:
+        """What becomes of some tokens.
+
+        Args:
+            tokens: Of one width.
+            num_asked: How many at the end are asked for; none for all.
+
+        Returns:
+            These, without the others.
+        """
+        if num_asked is None:
+            return super().forward(tokens)
+        attention, asked = self.attn, tokens[:, -num_asked:]
+        parts = attention.qkv(self.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        query = query[:, :, -num_asked:]
+        if attention.fused_attn:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            attended = (query * attention.scale @ key.mT).softmax(dim=3) @ value
+        asked = asked + attention.proj(attended.transpose(1, 2).flatten(2))
+        return asked + self.mlp(self.norm2(asked))
 
 
 class Decoder(nn.Module):
@@ -49,9 +84,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_dim, width)
         self.mask_token = None if keeps_hidden else nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_positions(width, grid, with_class_token)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        )
+        kinds = [Block] * (depth - 1) + [LastBlock]
+        self.blocks = nn.ModuleList(kind(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for kind in kinds)
         self.norm = norm(width)
         self.pred = nn.Linear(width, patch_values)
         if self.mask_token is not None:
@@ -61,25 +95,35 @@ class Decoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: Features) -> Float[Tensor, "batch token value"]:
-        """Predicted pixels of every patch, hidden or not.
+    def forward(self, features: Features, *, hidden_only: bool = False) -> Float[Tensor, "batch chosen value"]:
+        """Predicted pixels.
 
         Args:
             features: Of a masked pass.
+            hidden_only: Leave out the patches that the encoder has seen, for which the last block then makes nothing.
+                Without effect where ``features`` has a token for every patch.
 
         Returns:
-            In raster order, laid out as ``patches.patchify`` does.
+            One row for every patch in raster order, or for every one of ``features.hidden_ids``, laid out as
+            ``patches.patchify`` does.
         """
-        visible = self.embed(features.tokens)
-        tokens = visible
-        if features.visible_ids is not None and self.mask_token is not None:
-            num_tokens = features.grid[0] * features.grid[1]
-            ids = features.visible_ids[:, :, None].expand(-1, -1, visible.shape[2])
-            hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_tokens, -1)
-            tokens = hidden.scatter(1, ids, visible)
+        tokens = self.embed(features.tokens)
+        positions = self.pos_embed[0, self.num_prefix_tokens :]
+        order, num_asked = None, features.grid[0] * features.grid[1]
+        if features.visible_ids is None or self.mask_token is None:
+            tokens = tokens + positions
+        else:  # the hidden patches come last, where they can be cut off without a copy
+            hidden = self.mask_token + positions[features.hidden_ids]
+            tokens = torch.cat([tokens + positions[features.visible_ids], hidden], dim=1)
+            if hidden_only:
+                num_asked = hidden.shape[1]
+            else:
+                order = torch.cat([features.visible_ids, features.hidden_ids], dim=1).argsort(dim=1)
         if features.class_token is not None:
-            tokens = torch.cat([self.embed(features.class_token)[:, None], tokens], dim=1)
-        tokens = tokens + self.pos_embed
-        for block in self.blocks:
+            class_token = self.embed(features.class_token)[:, None] + self.pos_embed[:, :1]
+            tokens = torch.cat([class_token, tokens], dim=1)
+        *others, last = self.blocks
+        for block in others:
             tokens = block(tokens)
-        return self.pred(self.norm(tokens))[:, self.num_prefix_tokens :]
+        predicted = self.pred(self.norm(last(tokens, num_asked)))
+        return predicted if order is None else taken(predicted, order)

@@ -29,11 +29,12 @@ class Decoder(nn.Module):
         nn.init.xavier_uniform_(self.pred.weight)
         nn.init.zeros_(self.pred.bias)
 
-    def forward(self, features: Features) -> Float[Tensor, "batch token value"]:
+    def forward(self, features: Features, *, hidden_only: bool = False) -> Float[Tensor, "batch token value"]:
         """Predicted pixels of every patch, hidden or not.
 
         Args:
             features: Of a masked pass.
+            hidden_only: Without effect, as in every decoder whose encoder gives a token for each patch.
 
         Returns:
             In raster order, laid out as ``patches.patchify`` does.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssat_probe.cvt_blocks import Block, Embedding
 from ssat_probe.masked_convolution import Visible, at_stage, shown
-from ssat_probe.patches import Features, visible_ids_of
+from ssat_probe.patches import Features, taken, visible_ids_of
 
 # cvt_13: Wu et al. (2021), Table 2. cvt_nano is ours, for 8x8 digits.
 VARIANTS = {
@@ -162,8 +162,7 @@ class Model(nn.Module):
         if mask is None or self.keeps_hidden:
             return Features(tokens[:, 1:], tokens[:, 0], self.grid, None)
         visible_ids = visible_ids_of(mask).to(images.device)
-        ids = visible_ids[:, :, None].expand(-1, -1, self.dim)
-        return Features(tokens[:, 1:].gather(1, ids), tokens[:, 0], self.grid, visible_ids)
+        return Features(taken(tokens[:, 1:], visible_ids), tokens[:, 0], self.grid, visible_ids)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Logits of a full pass: the head on the class token.

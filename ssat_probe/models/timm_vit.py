@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssat_probe.hub import fetching
 from ssat_probe.patch_encoder import PatchEncoder
-from ssat_probe.patches import Features, grid_of, visible_ids_of
+from ssat_probe.patches import Features, grid_of, taken, visible_ids_of
 
 PREFIX = "timm:"
 VARIANTS: dict[str, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attent
         visible_ids = None
         if mask is not None and not self.keeps_hidden:
             visible_ids = visible_ids_of(mask).to(tokens.device)
-            patches = patches.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
+            patches = taken(patches, visible_ids)
         tokens = torch.cat([prefix, patches], dim=1)
         for block in self.blocks:
             tokens = block(tokens)

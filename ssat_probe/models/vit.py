@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssat_probe.patch_encoder import PatchEncoder
-from ssat_probe.patches import Features, grid_of, sincos_positions, visible_ids_of
+from ssat_probe.patches import Features, grid_of, sincos_positions, taken, visible_ids_of
 
 # Widths, depths and heads: Touvron et al. (2021), Table 1, for tiny, small and base; Dosovitskiy et al. (2021), Table
 # 1, for large and huge (there with patches of 14 pixels: --patch-size 14). Decoders: the official code of Das et al.
@@ -115,7 +115,7 @@ class Model(PatchEncoder, nn.Module):
         visible_ids = None
         if mask is not None and not self.keeps_hidden:
             visible_ids = visible_ids_of(mask).to(tokens.device)
-            tokens = tokens.gather(1, visible_ids[:, :, None].expand(-1, -1, self.dim))
+            tokens = taken(tokens, visible_ids)
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([class_token, tokens], dim=1)
         for block in self.blocks:

@@ -41,6 +41,35 @@ def test_hidden_places_hold_the_mask_token_and_visible_ones_their_own(features: 
         torch.testing.assert_close(decoder(features)[row], out, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("has_class_token", [True, False])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_hidden_patches_alone_are_as_among_all(
+    features: Features, depth: int, has_class_token: bool, is_fused: bool
+) -> None:
+    decoder = made(depth=depth, with_class_token=has_class_token)
+    for block in decoder.blocks:
+        block.attn.fused_attn = is_fused
+    if not has_class_token:
+        features = Features(features.tokens, None, GRID, features.visible_ids)
+    features.tokens.requires_grad_()
+    given = [features.tokens, *(value for value in decoder.parameters() if value.requires_grad)]
+    chosen = decoder(features, hidden_only=True)
+    among_all = decoder(features).gather(1, features.hidden_ids[:, :, None].expand(-1, -1, VALUES))
+    assert chosen.shape == (BATCH, 7, VALUES)
+    torch.testing.assert_close(chosen, among_all, rtol=0, atol=1e-13)
+    of_chosen, of_all = (torch.autograd.grad(out.square().sum(), given) for out in (chosen, among_all))
+    for one, other in zip(of_chosen, of_all, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_full_pass_has_no_hidden_patches_to_choose(generator: Callable[[str], torch.Generator]) -> None:
+    decoder = made()
+    tokens = torch.randn(BATCH, 10, ENCODER_DIM, generator=generator("full"), dtype=torch.float64)
+    full = Features(tokens, tokens.mean(1), GRID, None)
+    assert torch.equal(decoder(full, hidden_only=True), decoder(full))
+
+
 def test_the_order_in_which_visible_tokens_come_does_not_matter(features: Features) -> None:
     decoder = made()
     order = torch.tensor([2, 0, 1])
