@@ -9,8 +9,9 @@ the objective of the package under autocast, with the kernels of attention that 
 share its weights and its arithmetic (checked: the losses agree to 1e-4 in float32), but make each pass by itself,
 forward and backward, write attention out with its matrix of weights, let AdamW go parameter by parameter, and leave
 memory to the allocator. Also: the plain way with memory kept as ours keeps it, which says how much of the gain that is,
-ours with torch's fused kernel of attention, and a step of training from scratch. Each way is in a process of its own,
-since the allocator is the process's.
+ours with torch's fused kernel of attention, a step of training from scratch, and one product of matrices by itself in
+both precisions, which says how much a processor can gain by bfloat16. Each way is in a process of its own, since the
+allocator is the process's; the products are in this one.
 compiled: the same at 32 pixels with --compile, whose attention is in products (as on every CPU), and in torch's fused
 kernel; the blocks are compiled before the first turn.
 channels: one step of CvT-13 at 64 pixels, patches of 4, from scratch, with and without --channels-last, and in bfloat16
@@ -26,7 +27,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from ssat_probe.execution import Execution, keeping_memory, prepare
 from ssat_probe.images import ArrayImages, Facts
 from ssat_probe.kernel import Attention
 from ssat_probe.loading import batches
+from ssat_probe.models.vit import VARIANTS
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.recipe import Recipe
 from ssat_probe.table import write_atomically
@@ -219,8 +221,21 @@ def step(part: str) -> dict[str, Any]:
         ("plain bf16, memory kept", "ours bf16"),
         ("ours bf16, fused kernel", "ours bf16"),
         ("ours fp32", "ours bf16"),
+        ("product fp32", "product bf16"),
     ]
-    return compared(part, kinds, pairs, ("ours fp32", "plain fp32"))
+    return compared(part, kinds, pairs, ("ours fp32", "plain fp32"), products(part))
+
+
+def products(part: str) -> dict[str, Callable[[int], float]]:
+    """Thirty times the product of the first layer of an MLP, which needs no new memory, by dtype."""
+    (height, width), (row, column) = SIZES[part]
+    tokens, dim = 64 * (1 + height // row * (width // column)), VARIANTS["vit_tiny"]["dim"]
+    ways: dict[str, Callable[[int], float]] = {}
+    for name, dtype in (("product fp32", torch.float32), ("product bf16", torch.bfloat16)):
+        inputs, weights = torch.randn(tokens, dim).to(dtype), torch.randn(dim, 4 * dim).to(dtype)
+        multiply = partial(torch.mm, inputs, weights, out=inputs.new_empty(tokens, 4 * dim))
+        ways[name] = lambda steps, multiply=multiply: seconds_of(multiply, 30 * steps)
+    return ways
 
 
 def compiled() -> dict[str, Any]:
@@ -253,17 +268,21 @@ def channels() -> dict[str, Any]:
 
 
 def compared(
-    part: str, kinds: dict[str, tuple], pairs: list[Any], alike: tuple[str, str] | None = None
+    part: str,
+    kinds: dict[str, tuple],
+    pairs: list[Any],
+    alike: tuple[str, str] | None = None,
+    others: Mapping[str, Callable[[int], float]] | None = None,
 ) -> dict[str, Any]:
-    """Time ways in turns, two of which are first made sure to compute the same; and ratios of pairs."""
+    """Time ways in turns, two of which are first made sure to compute the same, and others; and ratios of pairs."""
     ways = {name: Apart(part, *kind) for name, kind in kinds.items()}
     if alike is not None:
         losses = [ways[name].first_loss for name in alike]
         assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1]), f"the ways differ: {losses}"
-    seconds = in_turns(part, dict(ways))
+    seconds = in_turns(part, {**ways, **(others or {})})
     return {
         "kernels": {name: way.kernels for name, way in ways.items()},
-        "images_per_s": {name: 64 / statistics.median(values) for name, values in seconds.items()},
+        "images_per_s": {name: 64 / statistics.median(seconds[name]) for name in ways},
         "seconds": seconds,
         "ratios": {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs},
     }
@@ -361,12 +380,20 @@ def write() -> None:
     plt.close(figure)
 
 
+def machine() -> dict[str, Any]:
+    """What the numbers hang on; the processor where Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    processor = ", ".join(f"{key}{facts[key]}" for key in ("model name", "cpu family", "model") if key in facts)
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor}
+
+
 def main(names: list[str]) -> None:
     """Run some parts, or all."""
     for name in names or list(PARTS):
         if name not in PARTS:
             sys.exit(f"A part must be one of {', '.join(PARTS)}, got {name!r}.")
-        found = PARTS[name]() | {"threads": torch.get_num_threads(), "torch": torch.__version__, "turns": TURNS[name]}
+        found = PARTS[name]() | {"turns": TURNS[name], **machine()}
         OUT.mkdir(parents=True, exist_ok=True)
         write_atomically(OUT / f"{name}.json", json.dumps(found, indent=2) + "\n")
         write()
