@@ -13,7 +13,7 @@ from ssat_probe.patches import Features, sincos_positions, taken
 
 
 class LastBlock(Block):
-    """Block that can be asked for its last tokens alone; all of them are attended to."""
+    """Block that is asked for its last tokens alone; all of them are attended to."""
 
     attn: Any
     mlp: Any
@@ -21,23 +21,21 @@ class LastBlock(Block):
     norm2: Any
 
     def forward(  # type: ignore[override]  # timm's own options have no use here
-        self, tokens: Float[Tensor, "batch token dim"], num_asked: int | None = None
+        self, tokens: Float[Tensor, "batch token dim"], num_asked: int
     ) -> Float[Tensor, "batch asked dim"]:
         """What becomes of some tokens.
 
         Args:
             tokens: Of one width.
-            num_asked: How many at the end are asked for; none for all.
+            num_asked: How many at the end are asked for.
 
         Returns:
             These, without the others.
         """
-        if num_asked is None:
-            return super().forward(tokens)
-        attention, asked = self.attn, tokens[:, -num_asked:]
+        attention, first = self.attn, tokens.shape[1] - num_asked
         parts = attention.qkv(self.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        query = query[:, :, -num_asked:]
+        query, asked = query[:, :, first:], tokens[:, first:]
         if attention.fused_attn:
             attended = F.scaled_dot_product_attention(query, key, value)
         else:

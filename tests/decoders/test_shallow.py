@@ -86,6 +86,7 @@ def test_all_tokens_of_a_full_pass_are_taken_in_raster_order(generator: Callable
     full, by_ids = Features(tokens, class_token, GRID, None), Features(tokens, class_token, GRID, ids)
     assert torch.equal(decoder(full), decoder(by_ids))
     assert decoder(full).shape == (BATCH, 10, VALUES)
+    assert decoder(by_ids, hidden_only=True).shape == (BATCH, 0, VALUES)
 
 
 def test_an_encoder_without_class_token_is_decoded_too(features: Features) -> None:
