@@ -7,6 +7,7 @@ import json
 import pickle
 import pickletools
 import re
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -296,6 +297,7 @@ def load_tensors(path: Path, what: str) -> Any:
         AssertionError,
         MemoryError,
         pickle.PickleError,
+        struct.error,
     ) as error:
         code = _code_in(path, error)
         if code:

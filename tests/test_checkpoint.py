@@ -185,7 +185,16 @@ def test_a_weight_that_does_not_agree_with_the_hash_is_found(checkpoints: Paths,
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no checkpoint at all\n", b"PK\x03\x04", b"\x80", b"\x80\x02.", bytes(range(256)) * 9, b"\x89PNG\r\n\x1a\n"],
+    [
+        b"",
+        b"junk",
+        b"no checkpoint at all\n",
+        b"PK\x03\x04",
+        b"\x80",
+        b"\x80\x02.",
+        bytes(range(256)) * 9,
+        b"\x89PNG\r\n\x1a\n",
+    ],
 )
 def test_what_is_no_tensor_file_is_called_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.pt"
