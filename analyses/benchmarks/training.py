@@ -1,7 +1,7 @@
 """Images per second of a training step, against the same arithmetic written plainly, and what a step waits for.
 
 Run: make benchmark-training, or a part of it: python analyses/benchmarks/training.py
-step32|step224|data|compiled|channels. Nothing to download; eleven minutes on 2 free cores; each
+step32|step224|data|compiled|channels. Nothing to download; 11 to 20 minutes on 2 free cores; each
 part prints its progress.
 
 step32, step224: one SSAT step (forward, backward, AdamW) of ViT-T/4 at 32 pixels and ViT-T/16 at 224, batch 64. Ours is
