@@ -19,7 +19,7 @@ from ssat_probe.foreign import Foreign, open_weights
 from ssat_probe.probe import make
 from ssat_probe.sample import Sample
 from ssat_probe.source import Source
-from ssat_probe.subject import Subject
+from ssat_probe.subject import Subject, refuse_idle_data_dir
 
 _KINDS = {"fused": "fused softmax", "plain": "plain softmax", "module": "torch's MultiheadAttention"}
 "What `capture.Attention` calls them."
@@ -36,6 +36,7 @@ def describe(path: Path | str, sample: Sample = Sample(), source: Source = Sourc
     Returns:
         Lines of text.
     """
+    refuse_idle_data_dir([path], sample, source)
     checkpoint = open_weights(path, source, sample.data, sample.data_dir)
     lines = [str(path), *_loading(checkpoint)]
     model = checkpoint.encoder().eval()

@@ -225,7 +225,9 @@ def run(
         The table.
     """
     from ssat_probe.measures.processes import gathered, place
+    from ssat_probe.subject import refuse_idle_data_dir
 
+    refuse_idle_data_dir(paths, sample, source)
     unfinished, (rank, num) = out / f".{name_of(probe)}-unfinished", place()
     with results_in(out):
         found = reuse.redrawn(probe, paths, sample, out, source=source)

@@ -114,7 +114,9 @@ def run(
         The table.
     """
     from ssat_probe import drawing
+    from ssat_probe.subject import refuse_idle_data_dir
 
+    refuse_idle_data_dir(paths, sample)
     with results_in(out):
         table, record = measure_all(relation, paths, sample, say)
     path = write_table(table, out / f"{record['probe']}.csv", record)

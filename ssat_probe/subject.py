@@ -1,7 +1,7 @@
 """Subject: a model, images and a loss, ready to be measured."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssat_probe.augmentation import augment
 from ssat_probe.checkpoint import Checkpoint
-from ssat_probe.data import open_dataset
+from ssat_probe.data import open_dataset, refuse_idle_options
 from ssat_probe.foreign import Foreign, open_weights
 from ssat_probe.geometry import grid
 from ssat_probe.images import Images, Selection, normalise, split
@@ -295,3 +295,20 @@ def device_of(name: str) -> torch.device:
 
 def _few(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_idle_data_dir(paths: Sequence[Path | str], sample: Sample, source: Source = Source()) -> None:
+    """Refuse, by a ValueError, a folder of images where every data set that is used is embedded.
+
+    Args:
+        paths: Checkpoints that are to be looked at.
+        sample: Which images, and the folder.
+        source: What is said about foreign weights.
+    """
+    if sample.data_dir is None:
+        return
+    names = {source.trained_on, sample.data}
+    if not sample.data:
+        names |= {open_weights(path, source, data_dir=sample.data_dir).recipe.data for path in paths}
+    if names := names - {""}:
+        refuse_idle_options(sorted(names), sample.data_dir, download=False)

@@ -67,6 +67,16 @@ def test_an_embedded_set_takes_no_folder(refused: Run, option: tuple[str, ...]) 
     assert said == f"{option[0]} must have an effect, got one that has none: data digits is embedded; leave it out."
 
 
+@pytest.mark.parametrize("command", ["describe", "variance", "path"])
+def test_a_look_at_embedded_images_takes_no_folder(refused: Run, checkpoints: Paths, command: str) -> None:
+    two = ["--ckpt", checkpoints["ssat"], checkpoints["scratch"], "--data-dir", "there"]
+    sentence = "--data-dir must have an effect, got one that has none: data {} is embedded; leave it out."
+    assert refused(command, *two) == sentence.format("digits")
+    assert refused(command, *two, "--data", "mnist5k") == sentence.format("mnist5k")
+    said = refused(command, *two, "--data", "fashion_mnist")
+    assert said.startswith("there must be the folder of fashion_mnist, got no such folder; check --data-dir")
+
+
 def test_an_option_that_is_typed_has_an_effect_even_at_its_default(refused: Run) -> None:
     said = refused("train", *SMALL, "--method", "scratch", "--lambda-weight", "0.1")
     assert said.startswith("--lambda-weight must have an effect, got one that has none: method scratch has one loss")
@@ -357,7 +367,7 @@ def test_a_probe_from_end_to_end(
     paths = list(checkpoints_of_probe(probe).values())
     common = ("--num-images", 11, "--batch-size", 4, "--device", "cpu", "--out", "out")
     printed = run(probe, "--ckpt", *paths, *common, *options)
-    assert "vit_nano-digits-ssat-seed0" in printed
+    assert all(path.parent.name in printed for path in paths)
     assert printed.endswith(f"Wrote out/{probe}.csv, .json, .png and .pdf\n")
     has_rows = any(column.of for column in registry.load("probes", probe).Probe.columns)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
