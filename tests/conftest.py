@@ -60,10 +60,22 @@ def fine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return {method: train(Recipe(method=method, **shared), folder, device="cpu").path for method in METHODS}
 
 
+@pytest.fixture(scope="session")
+def shallow_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As ``checkpoints``, of two blocks: a product with the Hessian then takes a third of the time. Read only."""
+    from ssat_probe.training import train
+
+    folder = tmp_path_factory.mktemp("shallow")
+    shared = {"model": "vit_pico", "subset": 40, "epochs": 1, "batch_size": 8, "warmup_epochs": 0}
+    return {method: train(Recipe(method=method, **shared), folder, device="cpu").path for method in METHODS}
+
+
 @pytest.fixture
 def checkpoints_of_probe(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Path]]:
     """Checkpoints that a probe can measure, by its name."""
-    return lambda name: request.getfixturevalue("fine_checkpoints" if name == "fourier" else "checkpoints")
+    fixtures = {"fourier": "fine_checkpoints"}
+    fixtures |= dict.fromkeys(("hessian", "terms", "blocks", "landscape"), "shallow_checkpoints")
+    return lambda name: request.getfixturevalue(fixtures.get(name, "checkpoints"))
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ FOLDER = PACKAGE.parent / "analyses"
 FILES = sorted(FOLDER.glob("*.yaml"))
 TINY = """
 title: Tiny
-recipe: {model: vit_nano, data: digits, subset: 40, epochs: 2, batch_size: 20, augmentation: crop}
+recipe: {model: vit_pico, data: digits, subset: 40, epochs: 2, batch_size: 20, augmentation: crop}
 methods: [ssl_ft, ssat]
 seeds: [0, 1]
 probes:
@@ -314,8 +314,8 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
         (("hessian: {steps", "hessian: {step"), r"No 'step' in the options of hessian: .* Did you mean 'steps'\?"),
         (("  accuracy: {", "  acuracy: {"), r"No 'acuracy' in probes: .* Did you mean 'accuracy'\?"),
         (
-            ("hessian: {", "hessian: {models: [vit_pico], "),
-            r"No 'vit_pico' in the models of this analysis, of which hes",
+            ("hessian: {", "hessian: {models: [vit_nano], "),
+            r"No 'vit_nano' in the models of this analysis, of which hes",
         ),
         (("ssat]", "sat]"), r"No 'sat' in method: .* Did you mean 'ssat'\?"),
         (
