@@ -94,17 +94,19 @@ keys + mask), or where the mask says True alone; the scale is 1 / √dim where n
 class Attention(TorchFunctionMode):
     """Within this context, attention without dropout is computed by the kernel chosen for its shapes."""
 
-    def __init__(self, asked: str = "auto", chosen: Mapping[str, str] | None = None) -> None:
+    def __init__(self, asked: str = "auto", chosen: Mapping[str, str] | None = None, *, must_act: bool = False) -> None:
         """Make it.
 
         Args:
             asked: One of ``KERNELS``, or auto: the fastest by measurement, of each shape once in a process.
             chosen: Kernels by shape that a run has used before, and goes on with.
+            must_act: Torch's own kernel is somebody's wish too, which must have an effect.
         """
         super().__init__()
         self.asked, self.chosen = asked, dict(chosen or {})
         "What is used, by device, dtype and shapes."
-        self._is_settled = asked == "fused"
+        self._can_act = asked != "fused" or must_act
+        self._is_settled = not self._can_act
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -123,14 +125,14 @@ class Attention(TorchFunctionMode):
             yield
         if self.asked != "auto" and not self.chosen:
             raise ValueError(
-                f"attention must be auto or fused for a model that does not call scaled_dot_product_attention, as Swin "
-                f"does not, got {self.asked!r}; leave it out."
+                "attention must be auto for a model that does not call scaled_dot_product_attention, as Swin does not, "
+                f"got {self.asked!r}; leave it out."
             )
         self._is_settled = all(name == "fused" for name in self.chosen.values())
 
     def unsettle(self) -> None:
         """Look again: another stage may have other shapes."""
-        self._is_settled = self.asked == "fused"
+        self._is_settled = not self._can_act
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None

@@ -258,7 +258,8 @@ def _start(
     cost = {stage.name: stage.training_multiply_adds_per_image for stage in budget.stages}
     meter = Meter(accelerator.device)
     carbon = Carbon(supply, is_first_on_node=accelerator.is_local_main_process, reads_processors=meter.reads_processors)
-    attention = Attention(execution.kernel(accelerator.num_processes))
+    is_wish = execution.attention != "auto" and not execution.compile  # which would be of compiled blocks
+    attention = Attention(execution.kernel(accelerator.num_processes), must_act=is_wish)
     run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention, meter,
               carbon)  # fmt: skip
     prepare(run.network, execution, accelerator.device)
