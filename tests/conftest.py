@@ -62,7 +62,7 @@ def fine_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 @pytest.fixture(scope="session")
 def shallow_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As ``checkpoints``, of two blocks: a product with the Hessian then takes a third of the time. Read only."""
+    """As ``checkpoints``, of two blocks, for what takes many products with the Hessian. Read only."""
     from ssat_probe.training import train
 
     folder = tmp_path_factory.mktemp("shallow")
