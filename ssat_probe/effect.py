@@ -64,8 +64,14 @@ def without_effect(recipe: Recipe, typed: Collection[str] = ()) -> dict[str, str
     if predicts and recipe.task == "simmim":
         own = "task simmim has its own linear decoder and absolute errors"
         reasons |= dict.fromkeys([name for name in decoding if name not in ("norm_pix", "reconstruction_target")], own)
+    elif predicts and recipe.decoder == "simmim":
+        reasons |= dict.fromkeys(
+            ("decoder_depth", "decoder_width", "decoder_heads"), "decoder simmim is one linear map"
+        )
     if predicts and recipe.augmentation != "strong":
         reasons["reconstruction_target"] = f"augmentation {recipe.augmentation} has neither colours nor noise"
+    if recipe.method == "ssat" and recipe.lambda_end == recipe.lambda_weight:
+        reasons["lambda_schedule"] = reasons["lambda_end"] = "λ ends where it begins"
     reasons["masked_convolutions"] = "" if recipe.masks else f"{why} masks nothing"
     if registry.variants("models").get(recipe.model) != "cvt":
         reasons["masked_convolutions"] = f"model {recipe.model} has no convolutions but its patch embedding"

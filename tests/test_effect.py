@@ -37,6 +37,9 @@ def test_options_that_change_nothing_are_named_with_the_reason(fields: dict[str,
         ({"task": "dino", "cls_view": "masked", "mask_ratio": 0.5}, set()),
         ({"task": "simmim", "decoder_depth": 1, "reconstruction_loss": "l1"}, {"decoder_depth", "reconstruction_loss"}),
         ({"task": "simmim", "norm_pix": True, "mask_ratio": 0.5}, set()),
+        ({"decoder": "simmim", "model": "swin_nano", "decoder_depth": 1, "decoder_width": 8, "decoder_heads": 3},
+         {"decoder_depth", "decoder_width", "decoder_heads"}),
+        ({"decoder": "simmim", "model": "swin_nano", "reconstruction_loss": "l1", "norm_pix": True}, set()),
         ({"method": "scratch", "task": "simmim"}, {"task"}),
         ({"method": "ssl_ft", "cls_view": "masked"}, {"cls_view"}),
         ({"lambda_weight": 0.0, "cls_view": "masked"}, {"cls_view"}),
@@ -52,7 +55,7 @@ def test_options_that_change_nothing_are_named_with_the_reason(fields: dict[str,
         ({"masked_convolutions": True, "model": "cvt_nano", "method": "scratch"}, {"masked_convolutions"}),
         ({"subset_seed": 3, "subset": 30}, set()),
     ],
-)
+)  # fmt: skip
 def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], named: set[str]) -> None:
     assert without_effect(Recipe(**fields)).keys() == named
 
@@ -64,6 +67,7 @@ def test_options_that_a_task_does_not_look_at_are_named(fields: dict[str, Any], 
         ({"method": "ssl_ft", "lambda_schedule": "linear"}, {"lambda_schedule"}),
         ({"lambda_schedule": "linear", "lambda_end": 0.5, "lambda_weight": 0.0, "mixup": 0.8}, set()),
         ({"lambda_schedule": "cosine", "lambda_end": 0.0, "lambda_weight": 1.0, "decoder_depth": 3}, set()),
+        ({"lambda_schedule": "linear", "lambda_end": 0.1}, {"lambda_schedule", "lambda_end"}),
         ({"lambda_weight": 0.0, "select": "best"}, {"select"}),
         ({"method": "ssl_ft", "select": "best", "init_from": "a.pt"}, set()),
         ({"lambda_weight": 0.0, "select_on": "test", "patience": 3}, {"select_on", "patience"}),
