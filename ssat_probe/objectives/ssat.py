@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssat_probe import registry
 from ssat_probe.losses import Losses
@@ -36,6 +38,10 @@ class Objective(nn.Module):
         self.shares_pass = both and not mixes and task.masks == (recipe.cls_view == "masked")
         looks_twice = both and not mixes and task.masks and recipe.cls_view == "full"
         self.shares_embedding = looks_twice and hasattr(encoder, "encode_both")
+        sees_parts = self.supervised is not None and recipe.cls_view == "masked"
+        sees_parts = sees_parts and (self.task is None or task.masks)
+        self.counts_apart = sees_parts and any(isinstance(module, _BatchNorm) for module in encoder.modules())
+        "Whether batch norms would never see a whole image, which is what they are evaluated on."
 
     def forward(
         self,
@@ -94,6 +100,9 @@ class Objective(nn.Module):
         is_masked = self.recipe.cls_view == "masked"
         if self.supervised is None or not (is_masked or self.shares_pass or self.shares_embedding):
             return None, None
+        if self.counts_apart:
+            with torch.no_grad():
+                self.supervised.encoder.encode(images)
         mask = random_mask(noise, self.recipe.mask_ratio) if is_masked or self.shares_embedding else None
         if self.shares_embedding:
             return self.supervised.encoder.encode_both(images, mask)

@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +147,27 @@ def test_any_task_is_combined_with_the_classification_of_either_view(
     shared = masks == (view == "masked")
     assert len(passes) == (2 if views else 1) + (not shared)
     assert len(embeddings) == (1 if masks else len(passes))
+
+
+@pytest.mark.parametrize("fields", [{}, {"masked_convolutions": True}, {"task": "simmim"}, {"lambda_weight": 1.0}])
+def test_batch_norms_learn_of_whole_images_where_parts_are_classified(
+    make_recipe: Make, batch: tuple, fields: dict
+) -> None:
+    recipe, facts = make_recipe(model="cvt_nano", cls_view="masked", **fields)
+    encoder = build_encoder(recipe, facts).double()
+    reference = copy.deepcopy(encoder)
+    behind = behind_encoder(recipe, facts, encoder)
+    behind = behind.double() if behind is not None else None
+    images, labels, noise = batch
+    objective = ssat.Objective(recipe, encoder, behind)
+    objective(images, labels, noise[:, :4]).total.backward()
+    reference.encode(images)
+    norms = [name for name, _ in encoder.named_buffers() if "running" in name]
+    assert norms
+    for name in norms:
+        assert torch.equal(encoder.get_buffer(name), reference.get_buffer(name)), name
+    assert objective.counts_apart
+    assert not ssat.Objective(dataclasses.replace(recipe, cls_view="full"), encoder, behind).counts_apart
 
 
 @pytest.mark.parametrize("model", ["vit_pico", "swin_nano", "cvt_nano"])
