@@ -21,11 +21,20 @@ class Features:
     "Rows and columns of the full grid of patches."
     visible_ids: Int[Tensor, "batch token"] | None
     "Raster index of each token; none where there is a token for every patch."
+    hidden: Bool[Tensor, "batch token"] | None = None
+    "True at the tokens of hidden patches, where these have tokens in a masked pass."
+
+    @property
+    def seen(self) -> Float[Tensor, "batch visible dim"]:
+        """Tokens of the visible patches."""
+        if self.hidden is None:
+            return self.tokens
+        return taken(self.tokens, visible_ids_of(self.hidden).to(self.tokens.device))
 
     @property
     def summary(self) -> Float[Tensor, "batch dim"]:
-        """The image in one vector: the class token, or the mean of the tokens where there is none."""
-        return self.tokens.mean(dim=1) if self.class_token is None else self.class_token
+        """The image in one vector: the class token, or the mean of the visible patches where there is none."""
+        return self.seen.mean(dim=1) if self.class_token is None else self.class_token
 
     @cached_property
     def hidden_ids(self) -> Int[Tensor, "batch hidden"]:

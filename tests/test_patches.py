@@ -143,6 +143,16 @@ def test_hidden_ids_are_those_that_are_not_visible_and_ascend() -> None:
     assert patches.Features(torch.zeros(2, 6, 1), None, GRID, None).hidden_ids.shape == (2, 0)
 
 
+def test_seen_tokens_are_those_of_visible_patches(generator: Callable[[str], torch.Generator]) -> None:
+    tokens = torch.randn(2, 3, 4, generator=generator("seen"))
+    whole = patches.Features(tokens, None, (1, 3), None)
+    assert whole.seen is tokens
+    assert torch.equal(whole.summary, tokens.mean(dim=1))
+    parts = patches.Features(tokens, None, (1, 3), None, torch.tensor([[True, False, False], [False, False, True]]))
+    assert torch.equal(parts.seen, torch.stack([tokens[0, 1:], tokens[1, :2]]))
+    assert torch.equal(parts.summary, parts.seen.mean(dim=1))
+
+
 def test_taken_rows_are_those_of_their_own_image(generator: Callable[[str], torch.Generator]) -> None:
     rows = torch.randn(2, 6, 3, generator=generator("taken"))
     got = patches.taken(rows, torch.tensor([[5, 0, 5], [2, 1, 3]]))

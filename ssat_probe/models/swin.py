@@ -41,7 +41,8 @@ class Model(PatchEncoder, SwinTransformer):
     """timm's Swin Transformer with a mask token; all other weights have timm's names and shapes.
 
     A masked pass hides patches of the last stage's grid, so that nothing visible shares a token with anything hidden at
-    any stage, and takes as long as a full one. There is no class token: the head looks at the mean of the tokens.
+    any stage, and takes as long as a full one. There is no class token: the head looks at the mean of the tokens, in a
+    masked pass at that of the visible ones.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Model(PatchEncoder, SwinTransformer):
             hidden = mask.to(tokens.device).unflatten(1, self.grid)[..., None]
             hidden = hidden.repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
             tokens = torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
-        return Features(self.norm(self.layers(tokens)).flatten(1, 2), None, self.grid, None)
+        return Features(self.norm(self.layers(tokens)).flatten(1, 2), None, self.grid, None, mask)
 
     def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
         """Logits from features, of a full or a masked pass.
@@ -130,7 +131,8 @@ class Model(PatchEncoder, SwinTransformer):
         Returns:
             One logit per class.
         """
-        return self.head(features.tokens.unflatten(1, self.grid))
+        tokens = features.seen
+        return self.head(tokens.unflatten(1, self.grid) if features.hidden is None else tokens[:, None])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.
@@ -142,6 +144,14 @@ class Model(PatchEncoder, SwinTransformer):
             timm's patterns, the mask token belonging to the embedding.
         """
         return super().group_matcher(coarse) | {"stem": r"^patch_embed|^mask_token"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed though they be no vectors, as in the code of Swin and SimMIM.
+
+        Returns:
+            Their names.
+        """
+        return super().no_weight_decay() | {"mask_token"}
 
 
 class Block(SwinTransformerBlock):

@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Bool, Float
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -63,12 +64,17 @@ class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attent
             with fetching(name) if is_pretrained else nullcontext():
                 made = timm.create_model(name, pretrained=is_pretrained, **options)
         except (TypeError, AssertionError, RuntimeError, OSError) as error:
-            said = str(error).strip().split("\n")[0]
+            said = str(error).strip().split("\n")[0] or type(error).__name__
             raise ValueError(f"{PREFIX}{name} must be made with {options}, but timm says: {said}") from error
         if type(made) is not VisionTransformer or made.global_pool not in ("token", "avg"):
             raise ValueError(
                 f"model must be a plain Vision Transformer of timm's that classifies by class token or mean, got "
                 f"{name!r}, a {type(made).__name__}; timm:vit_tiny_patch16_224 is one."
+            )
+        if not _embeds_apart(made.patch_embed):
+            raise ValueError(
+                f"model must embed each patch by itself, so that nothing hidden leaks, got {name!r}, whose "
+                f"convolutions overlap patches; {PREFIX}vit_tiny_patch16_224 is one that does."
             )
         self.__dict__.update(made.__dict__)  # its parts are ours: this is the same class with one more method
         self.img_size, self.patch_size = made.patch_embed.img_size, made.patch_embed.patch_size
@@ -106,7 +112,8 @@ class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attent
             tokens = block(tokens)
         tokens = self.norm(tokens)
         class_token = tokens[:, 0] if self.with_class_token else None
-        return Features(tokens[:, self.num_prefix_tokens :], class_token, self.grid, visible_ids)
+        kept = mask if self.keeps_hidden else None
+        return Features(tokens[:, self.num_prefix_tokens :], class_token, self.grid, visible_ids, kept)
 
     def logits_of(self, features: Features) -> Float[Tensor, "batch class"]:
         """Logits from features, of a full or a masked pass.
@@ -115,10 +122,38 @@ class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attent
             features: Of this encoder.
 
         Returns:
-            One logit per class: the head on the class token or on the mean of the patches, as timm has it.
+            One logit per class: the head on the class token or on the mean of the visible patches, as timm has it.
         """
-        pooled = features.class_token if self.global_pool == "token" else features.tokens.mean(dim=1)
+        pooled = features.class_token if self.global_pool == "token" else features.seen.mean(dim=1)
         return self.head(self.head_drop(self.fc_norm(pooled)))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.
+
+        Args:
+            coarse: As timm takes it.
+
+        Returns:
+            timm's patterns, the mask token belonging to the embedding.
+        """
+        patterns = super().group_matcher(coarse)
+        return patterns | {"stem": rf"{patterns['stem']}|^mask_token"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed though they be no vectors, as timm has it.
+
+        Returns:
+            Their names.
+        """
+        return super().no_weight_decay() | {"mask_token"}
+
+
+def _embeds_apart(embedding: nn.Module) -> bool:
+    """Whether what becomes of a patch depends on no other: one convolution without overlap, as hybrids do not have."""
+    proj = getattr(embedding, "proj", None)
+    if type(embedding) is not PatchEmbed or not isinstance(proj, nn.Conv2d):
+        return False
+    return proj.kernel_size == proj.stride and not any(proj.padding)
 
 
 def default_patch_size(name: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 from ssat_probe.budget import budget_of
 from ssat_probe.models import swin
 from ssat_probe.network import build_encoder, resolve
+from ssat_probe.patches import random_mask
 from ssat_probe.recipe import Recipe
 
 Make = Callable[..., tuple]
@@ -135,6 +136,15 @@ def test_a_masked_pass_keeps_every_place_and_hidden_ones_hold_the_mask_token(
     fine = mask.view(5, 6, 6).repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert (seen[0][fine] == model.mask_token[0, 0, 0]).all()
     assert torch.equal(seen[0][~fine], seen[1][~fine])
+
+
+def test_a_masked_pass_classifies_the_visible_patches_alone(generator: Callable[[str], torch.Generator]) -> None:
+    model = made()
+    images = images_of(model, generator)
+    mask = random_mask(torch.rand(5, model.num_tokens, generator=generator("mask")), 0.75)
+    features = model.encode(images, mask)
+    visible = torch.stack([tokens[~hidden].mean(dim=0) for tokens, hidden in zip(features.tokens, mask, strict=True)])
+    torch.testing.assert_close(model.logits_of(features), model.head.fc(visible), rtol=0, atol=1e-12)
 
 
 def test_one_image_does_not_change_with_its_neighbours(generator: Callable[[str], torch.Generator]) -> None:

@@ -112,10 +112,36 @@ def test_pretrained_weights_are_fetched_when_a_training_begins_and_only_then(
         ("timm:resnet18", "got 'resnet18', a ResNet; timm:vit_tiny"),
         ("timm:vit_base_patch16_siglip_224", "classifies by class token or mean, got 'vit_base_patch16_siglip_224'"),
         ("timm:deit_tiny_distilled_patch16_224", "a VisionTransformerDistilled; timm:vit_tiny_patch16_224 is one"),
+        ("timm:vit_tiny_r_s16_p8_224", "embed each patch by itself, so that nothing hidden leaks, got 'vit_tiny_r_s16"),
+        ("timm:vitamin_small_224", "embed each patch by itself, .* got 'vitamin_small_224', whose convolutions"),
         ("timm:vit_tiny_patch16_224?best", r"timm:NAME or timm:NAME\?pretrained to be trained, got 'timm:vit"),
         ("timm:vit_tiny_patch16_224", "must divide the image of 28x28 pixels, got 16x16"),
     ],
 )
 def test_what_cannot_be_trained_is_named(make_facts: Make, model: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        resolve(Recipe(model=model), make_facts((28, 28), 3))
+        resolve(Recipe(model=model), make_facts((32, 32) if "vit_tiny_r" in model else (28, 28), 3))
+
+
+@pytest.mark.parametrize("model", ["timm:vit_tiny_r_s16_p8_224", "timm:vit_tiny_patch16_224"])
+def test_a_model_that_timm_cannot_make_is_never_refused_without_a_reason(make_facts: Make, model: str) -> None:
+    with pytest.raises(ValueError, match=r"but timm says: \w+|must divide|embed each patch"):
+        resolve(Recipe(model=model, img_size=(24, 24), patch_size=(16, 16)), make_facts((24, 24), 3))
+
+
+def test_of_a_masked_pass_the_mean_is_that_of_visible_patches(
+    monkeypatch: pytest.MonkeyPatch, generator: Callable[[str], torch.Generator]
+) -> None:
+    images = torch.randn(3, 2, 28, 21, generator=generator("images"), dtype=torch.float64)
+    mask = random_mask(torch.rand(3, 12, generator=generator("mask")), 0.75)
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: make(*args, depth=2, **options))
+    model = timm_vit.Model(
+        name="vit_medium_patch16_gap_240", img_size=(28, 21), patch_size=(7, 7), channels=2, num_classes=5,
+        keeps_hidden=True,
+    ).double().eval()  # fmt: skip
+    features = model.encode(images, mask)
+    assert features.tokens.shape[1] == 12
+    pooled = torch.stack([features.tokens[row][~mask[row]].mean(dim=0) for row in range(3)])
+    torch.testing.assert_close(model.logits_of(features), model.head(model.fc_norm(pooled)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(features.summary, pooled, rtol=0, atol=1e-12)
