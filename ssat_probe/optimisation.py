@@ -47,7 +47,8 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
 
     Args:
         objective: With an ``encoder`` somewhere in it.
-        recipe: Gives the weight decay, which vectors and biases do not have, and ``layer_decay``.
+        recipe: Gives the weight decay, which vectors, biases and what the encoder names in ``no_weight_decay`` do not
+            have, and ``layer_decay``.
 
     Returns:
         Groups for an optimiser.
@@ -58,14 +59,16 @@ def parameter_groups(objective: nn.Module, recipe: Recipe) -> list[dict[str, Any
     References:
         Bao et al. (2022), https://arxiv.org/abs/2106.08254, Sec. 3.1, as in He et al. (2022), Table 9.
     """
-    if recipe.layer_decay == 1:
-        return param_groups_weight_decay(objective, recipe.weight_decay)
     encoder = next(module for name, module in objective.named_modules() if name.split(".")[-1] == "encoder")
+    spared = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else set()
+    everywhere = {f"*encoder.{name}" for name in spared}
+    if recipe.layer_decay == 1:
+        return param_groups_weight_decay(objective, recipe.weight_decay, no_weight_decay_list=everywhere)
     if not hasattr(encoder, "group_matcher"):
         raise ValueError(
             f"layer_decay must be 1 for {recipe.model}, whose layers are not known, got {recipe.layer_decay}."
         )
-    groups = param_groups_layer_decay(encoder, recipe.weight_decay, layer_decay=recipe.layer_decay)
+    groups = param_groups_layer_decay(encoder, recipe.weight_decay, spared, layer_decay=recipe.layer_decay)
     inside = {id(parameter) for parameter in encoder.parameters()}
     others = param_groups_weight_decay(objective, recipe.weight_decay)
     for group in others:

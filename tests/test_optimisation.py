@@ -76,6 +76,52 @@ def test_sgd_moves_by_the_heavy_ball_of_decayed_gradients(make_recipe: Callable[
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("cvt_nano", [r"stage0\.patch_embed|mask_token", r"stage0\.blocks\.0", r"stage1\.(blocks\.0|patch_embed)",
+                      r"stage2\.(blocks\.0|patch_embed|cls_token)", r"stage2\.blocks\.1", r"norm|head"]),
+        ("swin_nano", [r"patch_embed|mask_token", r"layers\.0\.blocks\.0", r"layers\.0\.blocks\.1",
+                       r"layers\.1\.(blocks\.0|downsample)", r"layers\.1\.blocks\.1|norm", r"head"]),
+        ("timm:test_vit", [r"patch_embed|mask_token|cls_token|pos_embed", *[rf"blocks\.{i}" for i in range(5)],
+                           r"blocks\.5|norm", r"head"]),
+    ],
+)  # fmt: skip
+def test_every_architecture_has_one_layer_after_the_other(
+    make_recipe: Callable[..., Any], model: str, layers: list[str]
+) -> None:
+    recipe, facts = make_recipe((16, 16), 3, model=model, task="simmim", patch_size=2, layer_decay=0.5)
+    encoder = build_encoder(recipe, facts)
+    groups = parameter_groups(nn.ModuleDict({"encoder": encoder}), recipe)
+    found = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for name, parameter in encoder.named_parameters():
+        (number,) = [i for i, layer in enumerate(layers) if re.match(rf"({layer})(\.|$)", name)]
+        assert found[id(parameter)] == 0.5 ** (len(layers) - 1 - number), name
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
+@pytest.mark.parametrize(
+    ("model", "spared"),
+    [
+        ("vit_pico", set()),  # as in the official code of SSAT
+        ("cvt_nano", {"stage2.cls_token", "mask_token"}),
+        ("swin_nano", {*(f"layers.{i}.blocks.{j}.attn.relative_position_bias_table" for i in (0, 1) for j in (0, 1)),
+                       "mask_token"}),
+        ("timm:test_vit", {"cls_token", "pos_embed", "reg_token", "mask_token"}),
+    ],
+)  # fmt: skip
+def test_what_its_own_code_does_not_decay_is_not_decayed(
+    make_recipe: Callable[..., Any], model: str, spared: set[str], layer_decay: float
+) -> None:
+    recipe, facts = make_recipe((16, 16), 3, model=model, task="simmim", patch_size=2, layer_decay=layer_decay)
+    encoder, decoder = build_encoder(recipe, facts), build_decoder(recipe, facts)
+    groups = parameter_groups(ssat.Objective(recipe, encoder, decoder), recipe)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert {name for name, p in named.items() if p.ndim > 1 and not decays[id(p)]} == spared & named.keys()
+    assert all(decays[id(p)] == (0.05 if p.ndim > 1 else 0) for p in decoder.parameters() if p.requires_grad)
+
+
 def test_an_encoder_of_unknown_layers_is_refused(make_recipe: Callable[..., Any]) -> None:
     recipe, _ = make_recipe(layer_decay=0.75)
     with pytest.raises(ValueError, match=r"layer_decay must be 1 for vit_nano, whose layers are not known, got 0\.75"):

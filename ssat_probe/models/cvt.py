@@ -118,6 +118,8 @@ class Model(nn.Module):
                 with_class_token=is_last,
             )
             self.add_module(f"stage{number}", stage)
+        # Batch norms need two values of each channel; keys are on every second place of the last stage.
+        self.least_images = 2 if max(self.grid) <= 2 else 1
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
         self.mask_token = None if masked_convolutions else nn.Parameter(torch.zeros(1, dims[0], 1, 1))
@@ -195,10 +197,17 @@ class Model(nn.Module):
         Returns:
             Patterns: the first embedding, the blocks with the embeddings before them, and after them norm and head.
         """
-        blocks = r"^stage(\d+)" if coarse else [(r"^stage(\d+)\.(?:patch_embed|cls_token)", (-1,)),
-                                               (r"^stage(\d+)\.blocks\.(\d+)", None),
-                                               (r"^norm|^head", (99999,))]  # fmt: skip
-        return {"stem": r"^stage0\.patch_embed|^mask_token", "blocks": blocks}
+        blocks = r"^stage(\d+)" if coarse else [(r"^stage(\d+)\.(?:patch_embed|cls_token)", (0,)),  # as block 0
+                                               (r"^stage(\d+)\.blocks\.(\d+)", None)]  # fmt: skip
+        return {"stem": r"^stage0\.patch_embed|^mask_token", "blocks": blocks, "end": r"^norm|^head"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed though they be no vectors, as in Microsoft's code.
+
+        Returns:
+            Their names.
+        """
+        return {f"stage{self.num_stages - 1}.cls_token", "mask_token"}
 
 
 class Stage(nn.Module):
