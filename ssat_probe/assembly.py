@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table_simple
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from ssat_probe.architecture import MOST_BLOCKS, shape_of
@@ -124,25 +125,45 @@ def _resampled_table(model: nn.Module, name: str, value: Tensor, want: tuple[int
 
 
 def _resampled_positions(model: nn.Module, name: str, value: Tensor, want: tuple[int, ...]) -> Tensor:
+    grid = patch_grid(model)
+    return resampled_positions(value, grid, want[1] - math.prod(grid))
+
+
+def patch_grid(model: nn.Module) -> tuple[int, int]:
+    """Grid of the patches that positions are of.
+
+    Args:
+        model: Of ours or of timm's, with positions for a fixed size.
+
+    Returns:
+        Rows and columns.
+    """
     grid: Any = getattr(model, "grid", None) or model.patch_embed.grid_size  # type: ignore[union-attr]
-    return resampled_positions(value, (int(grid[0]), int(grid[1])), want[1] - math.prod(grid))
+    return int(grid[0]), int(grid[1])
 
 
-def resampled_positions(value: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
+def resampled_positions(
+    value: Tensor, grid: tuple[int, int], num_prefix: int, old: tuple[int, int] | None = None
+) -> Tensor:
     """Positions for another grid, bicubic with antialiasing; the ones before the patches stay.
 
     Args:
-        value: (1, token, dim), learnt on a square grid.
+        value: (1, token, dim).
         grid: Rows and columns wanted.
         num_prefix: Positions before the patches.
+        old: Rows and columns of the grid that they are of; a square where nobody knows.
 
     Returns:
-        Of the new length; ``value`` itself where it cannot be a square.
+        Of the new length; ``value`` itself where it cannot be of the old grid.
     """
-    side = math.isqrt(max(value.shape[1] - num_prefix, 0))
-    if side * side != value.shape[1] - num_prefix:
+    num_patches = max(value.shape[1] - num_prefix, 0)
+    rows, columns = old or (math.isqrt(num_patches),) * 2
+    if rows * columns != num_patches or not num_patches:
         return value
-    return resample_abs_pos_embed(value.float(), list(grid), [side, side], num_prefix_tokens=num_prefix)
+    # Not timm's resample_abs_pos_embed, which takes a square grid of as many patches for the same one.
+    maps = value[:, num_prefix:].float().unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, grid, mode="bicubic", antialias=True)
+    return torch.cat([value[:, :num_prefix].float(), maps.flatten(2).mT], dim=1)
 
 
 def _resampled_patches(model: nn.Module, name: str, value: Tensor, want: tuple[int, ...]) -> Tensor:

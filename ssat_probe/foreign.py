@@ -273,6 +273,8 @@ def _foreign(
     """All parts as one."""
     size, patch, channels = _size_of(model), _patch_of(model), _channels_of(model)
     mean, std = (tuple(getattr(source, name) or config[name]) for name in ("mean", "std"))
+    if len(mean) == 1:
+        mean, std = mean * channels, std * channels
     if len(mean) != channels:
         raise ValueError(
             f"mean and std must have one number for each of the {channels} channels that the model takes, got {mean} "

@@ -26,10 +26,10 @@ class Source:
     "Data set whose classes the head of foreign weights has, in its order; empty means unknown."
 
     mean: tuple[float, ...] = ()
-    "Mean of each channel, pixels in [0, 1], that foreign weights expect; empty means what the model's config says."
+    "Mean of each channel (or one for all), pixels in [0, 1], for foreign weights; empty means what the config says."
 
     std: tuple[float, ...] = ()
-    "Standard deviation of each channel that foreign weights expect; empty means what the model's config says."
+    "Standard deviation of each channel (or one for all) for foreign weights; empty means what the config says."
 
     norm_pix: bool = False
     "The decoder of foreign weights predicts patches normalised one by one, as in MAE's files that end in _full."
