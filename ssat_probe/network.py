@@ -36,8 +36,8 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         A recipe that rebuilds the same network whatever our defaults become.
 
     Raises:
-        ValueError: If the model does not exist, its patches do not divide the image, the mask ratio leaves no token, or
-            the decoder cannot decode what the encoder gives.
+        ValueError: If the model does not exist, its patches do not divide the image, the mask ratio leaves no token,
+            a patch has too few values to be normalised, or the decoder cannot decode what the encoder gives.
     """
     module, options, (depth, width, heads) = _family(recipe.model)
     img_size = recipe.img_size or tuple(facts.img_size)
@@ -52,6 +52,10 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
     encoder = _outline(resolved, facts)
     if recipe.masks:
         num_masked(encoder.num_tokens, recipe.mask_ratio)
+    if recipe.norm_pix and facts.channels * math.prod(img_size) == encoder.num_tokens:
+        raise ValueError(
+            "norm_pix needs patches of at least two values, got patches of one grey pixel; choose a larger patch_size."
+        )
     if recipe.reconstructs and decoder_of(recipe) == "simmim" and not encoder.keeps_hidden:
         raise ValueError(
             f"decoder must be one for an encoder that leaves hidden patches out, as {recipe.model} does, got 'simmim'; "

@@ -263,8 +263,8 @@ def _start(
     run = Run(recipe, facts, *images, folder, accelerator, encoder, decoder, workers, cost, execution, attention, meter,
               carbon)  # fmt: skip
     prepare(run.network, execution, accelerator.device)
+    refuse_too_small(run)
     if accelerator.num_processes > 1:
-        refuse_too_small(run)
         share_network(run.network)
     return run
 

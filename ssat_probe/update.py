@@ -112,7 +112,7 @@ def update(
 
 
 def refuse_too_small(run: Run) -> None:
-    """Refuse batches of which a process would get no image.
+    """Refuse batches of which a process would get no image, or whose parts hold too few to learn from.
 
     Args:
         run: With its processes.
@@ -122,10 +122,21 @@ def refuse_too_small(run: Run) -> None:
     """
     share = _share(run)
     least = min(part.total for _, part in share.parts(run.recipe.accumulate))
+    got = f"got parts of {least} (batch_size {share.total}, accumulate {run.recipe.accumulate})"
     if least < share.step:
         raise ValueError(
-            f"batch_size must give each process an image of every part of a batch, got parts of {least} (batch_size "
-            f"{share.total}, accumulate {run.recipe.accumulate}) for {share.step} processes; use fewer processes."
+            f"batch_size must give each process an image of every part of a batch, {got} for {share.step} processes; "
+            "use fewer processes."
+        )
+    needs_two = "batch_size must leave two images in every part of a batch"
+    if least < 2 and run.recipe.has_task and run.recipe.task == "contrastive":
+        raise ValueError(
+            f"{needs_two} for task contrastive, whose negatives are other images, {got}; use more images at once."
+        )
+    if least < getattr(run.encoder, "least_images", 1):
+        raise ValueError(
+            f"{needs_two} for the batch norms of {run.recipe.model}, which see one place of an image of this size, "
+            f"{got}; use more images at once, or a larger img_size."
         )
 
 

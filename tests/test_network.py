@@ -49,6 +49,12 @@ def test_a_mask_ratio_that_leaves_no_token_is_named(make_facts: Make, ratio: flo
         resolve(Recipe(mask_ratio=ratio), make_facts())
 
 
+def test_patches_of_one_value_cannot_be_normalised(make_facts: Make) -> None:
+    with pytest.raises(ValueError, match="norm_pix needs patches of at least two values, got patches of one grey pix"):
+        resolve(Recipe(model="vit_pico", patch_size=1, norm_pix=True), make_facts((4, 4), 1))
+    resolve(Recipe(model="vit_pico", patch_size=1, norm_pix=True), make_facts((4, 4), 3))
+
+
 def test_what_hides_nothing_may_be_of_one_token(make_facts: Make) -> None:
     for fields in ({"method": "scratch"}, {"task": "contrastive"}, {"lambda_weight": 1.0}):
         assert resolve(Recipe(patch_size=8, **fields), make_facts()).patch_size == (8, 8)  # type: ignore[arg-type]

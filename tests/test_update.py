@@ -71,6 +71,23 @@ def test_a_clean_target_is_what_the_image_was_before_its_colours_changed(
     assert not torch.equal(targets, normalise(torch.cat([changed for changed, _ in pairs]), facts))
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"task": "contrastive", "accumulate": 6}, "for task contrastive, whose negatives are other images, got parts"),
+        ({"task": "contrastive", "batch_size": 1}, r"got parts of 1 \(batch_size 1, accumulate 1\); use more images"),
+        ({"task": "contrastive", "subset": 1}, r"got parts of 1 \(batch_size 1, accumulate 1\)"),
+        ({"model": "cvt_nano", "accumulate": 6}, "for the batch norms of cvt_nano, which see one place of an image"),
+    ],
+)
+def test_a_batch_with_too_few_images_to_learn_from_is_refused(
+    tmp_path: Path, fields: dict[str, Any], sentence: str
+) -> None:
+    recipe = Recipe(**{"model": "vit_pico", "subset": 20, "batch_size": 6, "epochs": 1, "warmup_epochs": 0} | fields)
+    with pytest.raises(ValueError, match=sentence):
+        train(recipe, tmp_path, device="cpu")
+
+
 def test_a_repeated_image_is_changed_anew_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed: list[torch.Tensor] = []
     ids: list[torch.Tensor] = []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ssat_probe.losses import Losses
@@ -71,6 +72,9 @@ class Head(nn.Module):
         super().__init__()
         self.projection = Projection(encoder.dim)
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        for module in self.teacher.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0  # what is to be matched is all of the teacher, as in the authors' code
         self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
         self.centre: Tensor
         self.register_buffer("centre", torch.zeros(PROTOTYPES * encoder.dim))

@@ -97,6 +97,14 @@ def test_the_teacher_begins_as_the_student_learns_nothing_and_follows(
             assert torch.equal(value, student)
 
 
+def test_the_teacher_skips_no_branch(make_recipe: Make) -> None:
+    _, encoder, head = parts(make_recipe, drop_path=0.5)
+    images = torch.randn(BATCH, 1, 8, 8, dtype=torch.float64)
+    for module, alike in ((encoder, False), (head.teacher, True)):
+        first, second = (module.train().encode(images).summary for _ in range(2))
+        assert torch.equal(first, second) is alike
+
+
 def test_a_head_of_another_kind_is_refused(make_recipe: Make) -> None:
     recipe, facts = make_recipe()
     with pytest.raises(ValueError, match="The dino task needs its Head, got Linear"):
