@@ -1,6 +1,7 @@
 """Images in files: decoding, and a set of them that is read as it is needed."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def by_class(folder: Path, classes: Sequence[str]) -> tuple[tuple[Path, ...], np
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        found = sorted(_images_below(folder / name))
         if not found:
             raise ValueError(
                 f"{folder / name} must hold images ({', '.join(sorted(ENDINGS))}), got none; add some or remove "
@@ -197,6 +198,18 @@ def by_class(folder: Path, classes: Sequence[str]) -> tuple[tuple[Path, ...], np
         paths += found
         labels += [label] * len(found)
     return tuple(paths), np.array(labels, dtype=np.int64)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Image files at any depth, through links too, without the hidden ones that editors and systems leave behind."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        is_circle = (real := os.path.realpath(place)) in seen  # a link to a folder above
+        seen.add(real)
+        folders[:] = [] if is_circle else [name for name in folders if not name.startswith((".", "__"))]
+        for name in [] if is_circle else names:
+            if Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
+                yield Path(place) / name
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -96,6 +96,25 @@ def test_other_files_and_hidden_folders_are_passed_over(tmp_path: Path) -> None:
     assert len(data.images("train")) == 15
 
 
+def test_hidden_copies_are_passed_over_and_links_are_followed(tmp_path: Path) -> None:
+    tree(tmp_path / "a")
+    place = tmp_path / "a" / "train" / "cat"
+
+    def found() -> list[str]:
+        return [path.name for path in Dataset(tmp_path / "a").images("train").paths]
+
+    before = found()
+    (place / ".ipynb_checkpoints").mkdir()
+    for copy in (".ipynb_checkpoints/0-checkpoint.png", "._0.png"):
+        (place / copy).write_bytes((place / "0.png").read_bytes())
+    assert found() == before
+    place.rename(tmp_path / "elsewhere")
+    place.mkdir()
+    (place / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "above").symlink_to(tmp_path / "elsewhere")  # a circle
+    assert found() == before
+
+
 def test_uniform_images_do_not_divide_by_zero(tmp_path: Path) -> None:
     for name in ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"):
         (tmp_path / name).parent.mkdir(parents=True)
