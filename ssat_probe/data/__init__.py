@@ -40,12 +40,16 @@ def refuse_idle_options(names: Collection[str], root: Path | None, download: boo
         download: Whether ``--download`` was given.
 
     Raises:
-        ValueError: If one was given and no data set needs anything on disk.
+        ValueError: If one was given and no data set needs anything on disk, or can be fetched.
     """
     option = "--data-dir" if root is not None else "--download"
     if (root is not None or download) and not any(open_dataset(name).source.tree for name in names):
         raise ValueError(
             f"{option} must have an effect, got one that has none: data {', '.join(names)} is embedded; leave it out."
+        )
+    if download and not any(open_dataset(name).source.address for name in names):
+        raise ValueError(
+            f"--download must have an effect, got one that has none: data {', '.join(names)} is your own; leave it out."
         )
 
 

@@ -29,7 +29,7 @@ class Dataset:
 
     ``hf:NAME`` is a name of the hub or a folder that ``datasets`` reads (Parquet files, an image folder);
     ``hf:NAME?CONFIG`` chooses one of its configurations. A folder that ``save_to_disk`` wrote is ``--data-dir`` itself.
-    Where there is no split ``test``, the one for validation is what is tested on.
+    Where there is no split ``test``, or one without classes, the one for validation is what is tested on.
     """
 
     root: Path | None = None
@@ -86,6 +86,12 @@ what save_to_disk wrote, or nothing: then it is the cache
     def _images(self, split: str, img_size: tuple[int, int], channels: int) -> "Rows":
         rows = self._splits[split]
         labels = np.asarray(rows[self._label], dtype=np.int64) - self._lowest
+        outside = (labels < 0) | (labels >= len(self._classes))
+        if outside.any():
+            raise ValueError(
+                f"hf:{self.name} must give every image of its split {split} one of {len(self._classes)} classes, got "
+                f"{outside.sum()} of {len(labels)} with none; choose other data, or export it without these."
+            )
         return Rows(rows, self._image, labels, img_size, channels)
 
     @cached_property
@@ -126,9 +132,15 @@ what save_to_disk wrote, or nothing: then it is the cache
                 f"hf:{self.name} must have a split train and one of test and validation, got {', '.join(self._all)}; "
                 "choose other data, or export it to folders and use --data folder."
             )
-        if "test" in there:
+        if "test" in there and ("val" not in there or self._has_labels(there["test"])):
             return {name: there[name] for name in ("train", "val", "test") if name in there}
         return {"train": there["train"], "test": there["val"]}
+
+    def _has_labels(self, theirs: str) -> bool:
+        """Whether any image of a split has a class; test splits of competitions give -1 to all."""
+        rows = self._all[theirs]
+        named = [name for name, kind in rows.features.items() if name in LABELS or type(kind).__name__ == "ClassLabel"]
+        return not named or not len(rows) or any(np.max(rows[name]) >= 0 for name in named)
 
     @property
     def _splits(self) -> dict[str, Any]:

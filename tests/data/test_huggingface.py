@@ -123,6 +123,20 @@ def test_grey_numbers_without_names_and_a_validation_split_alone(hub: Hub) -> No
     assert len(split(data, "val")) == 3
 
 
+def test_a_test_split_without_classes_is_not_tested_on(hub: Hub) -> None:
+    hidden = rows(6)
+    hidden.columns["label"] = [-1] * 6
+    hub["a"] = {"train": rows(9), "validation": rows(7), "test": hidden}
+    dataset = open_dataset("hf:a")
+    assert dataset.official == ("train", "test")
+    assert len(dataset.images("test")) == 7
+    hub["b"] = {"train": rows(9), "test": hidden}
+    with pytest.raises(
+        ValueError, match="every image of its split test one of 3 classes, got 6 of 6 with none; choose"
+    ):
+        open_dataset("hf:b").images("test")
+
+
 def test_what_was_saved_to_disk_is_opened_from_there(hub: Hub, tmp_path: Path) -> None:
     hub[str(tmp_path)] = {"train": rows(6), "test": rows(3)}
     (tmp_path / "dataset_dict.json").touch()
