@@ -136,6 +136,9 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
 
     Returns:
         ``path``; a folder that cannot be written is a ValueError.
+
+    Raises:
+        ValueError: If there is no room, or the disk fails; what was there before is left.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     handle, temporary = _temporary(path)
@@ -146,6 +149,12 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+    except OSError as error:  # no space, no quota, a disk that went away
+        Path(temporary).unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} must be written whole, got {error.strerror or error}, so what was there before still is; make "
+            "room, and run the same command again."
+        ) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
