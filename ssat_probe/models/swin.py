@@ -141,9 +141,11 @@ class Model(PatchEncoder, SwinTransformer):
             coarse: One layer per stage instead of one per block.
 
         Returns:
-            timm's patterns, the mask token belonging to the embedding.
+            Patterns: the embedding, the blocks with the merging before them, and after them norm and head.
         """
-        return super().group_matcher(coarse) | {"stem": r"^patch_embed|^mask_token"}
+        blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.downsample", (0,)),  # as block 0
+                                                   (r"^layers\.(\d+)\.blocks\.(\d+)", None)]  # fmt: skip
+        return {"stem": r"^patch_embed|^mask_token", "blocks": blocks, "end": r"^norm|^head"}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed though they be no vectors, as in the code of Swin and SimMIM.

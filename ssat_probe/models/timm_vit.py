@@ -131,13 +131,13 @@ class Model(PatchEncoder, VisionTransformer):  # type: ignore[misc]  # no attent
         """Layers of the parameters by name, for learning rates that differ between layers; timm's convention.
 
         Args:
-            coarse: As timm takes it.
+            coarse: Not used: there is one layer per block.
 
         Returns:
-            timm's patterns, the mask token belonging to the embedding.
+            Patterns: timm's own embedding with the mask token, the blocks, and after them norms and head.
         """
-        patterns = super().group_matcher(coarse)
-        return patterns | {"stem": rf"{patterns['stem']}|^mask_token"}
+        stem = super().group_matcher(coarse)["stem"]
+        return {"stem": rf"{stem}|^mask_token", "blocks": r"^blocks\.(\d+)", "end": r"^norm|^fc_norm|^head"}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed though they be no vectors, as timm has it.
