@@ -36,8 +36,9 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         A recipe that rebuilds the same network whatever our defaults become.
 
     Raises:
-        ValueError: If the model does not exist, its patches do not divide the image, the mask ratio leaves no token,
-            a patch has too few values to be normalised, or the decoder cannot decode what the encoder gives.
+        ValueError: If the data has no classes, the model does not exist, its patches do not divide the image, the mask
+            ratio leaves no token, a patch has too few values to be normalised, or the decoder cannot decode what the
+            encoder gives.
     """
     module, options, (depth, width, heads) = _family(recipe.model)
     img_size = recipe.img_size or tuple(facts.img_size)
@@ -49,6 +50,8 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         decoder_width=recipe.decoder_width or width,
         decoder_heads=recipe.decoder_heads or heads,
     )
+    if not facts.num_classes:
+        raise ValueError(f"data must have classes to train on, got {recipe.data!r}, which has none; choose other data.")
     encoder = _outline(resolved, facts)
     if recipe.masks:
         num_masked(encoder.num_tokens, recipe.mask_ratio)

@@ -169,7 +169,7 @@ class Recipe:
     "Weights to keep: of the last epoch, or of the one with the best accuracy on the validation images (best)."
 
     select_on: SelectionImages = "val"
-    "test trains on the validation images too and keeps the epoch best on test, as the paper did: no fair number."
+    "test keeps the epoch that is best on test, as the paper did: no fair number; nothing is then carved off train."
 
     patience: int | None = None
     "Stop when so many looks at the validation images in a row brought no better accuracy; none means never."
@@ -320,8 +320,8 @@ def _check_ranges(recipe: Recipe) -> None:
     check("mask_ratio", 0 < recipe.mask_ratio < 1, "between 0 and 1, both excluded")
     check("label_smoothing", 0 <= recipe.label_smoothing < 1, "at least 0 and below 1")
     if recipe.subset is not None:
-        must = "a share between 0 and 1, or a count of at least 1"
-        check("subset", recipe.subset >= 1 if isinstance(recipe.subset, int) else 0 < recipe.subset < 1, must)
+        must = "a share between 0 and 1, or a count of at least 2 (all images: leave it out)"
+        check("subset", recipe.subset >= 2 if isinstance(recipe.subset, int) else 0 < recipe.subset < 1, must)
     pair = recipe.betas if isinstance(recipe.betas, tuple) else ()
     valid = [isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair]
     check("betas", valid == [True, True], "two numbers in [0, 1)")
@@ -349,6 +349,10 @@ def _check_ranges(recipe: Recipe) -> None:
     check("layer_decay", 0 < recipe.layer_decay <= 1, "above 0 and at most 1")
     check("drop_path", 0 <= recipe.drop_path < 1, "at least 0 and below 1")
     check("base_lr", recipe.base_lr > 0, "above 0")
+    falls = (
+        recipe.schedule == "constant" or recipe.min_lr in (Recipe.min_lr, 0) or recipe.min_lr <= recipe.learning_rate
+    )
+    check("min_lr", falls, f"at most {recipe.learning_rate:g}, the peak, from which the learning rate falls")
     check("base_lr", math.isfinite(recipe.base_lr), "a finite number")
     check("clip_grad", recipe.clip_grad is None or recipe.clip_grad > 0, "above 0")
     check("accumulate", recipe.batch_size % recipe.accumulate == 0, f"a divisor of batch_size {recipe.batch_size}")

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from ssat_probe.recipe import Recipe
 
+SUBSET = "subset must be a share between 0 and 1, or a count of at least 2 (all images: leave it out)"
+
 
 def test_defaults_are_those_of_the_paper() -> None:
     recipe = Recipe()
@@ -44,7 +46,7 @@ def test_stages_follow_method_and_budget(fields: dict[str, Any], stages: dict[st
     st.builds(
         Recipe,
         method=st.sampled_from(["scratch", "ssl_ft", "ssat"]),
-        subset=st.one_of(st.none(), st.integers(1, 10**6), st.floats(0.001, 0.999)),
+        subset=st.one_of(st.none(), st.integers(2, 10**6), st.floats(0.001, 0.999)),
         img_size=st.sampled_from([(), 28, (28,), (24, 32), [24, 32]]),
         lambda_weight=st.floats(0, 1),
         betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
@@ -91,9 +93,12 @@ def test_no_field_takes_a_value_of_no_type_it_could_have(field: dataclasses.Fiel
         ({"lambda_weight": float("nan")}, "lambda_weight must be between 0 and 1, got nan."),
         ({"mask_ratio": 0.0}, "mask_ratio must be between 0 and 1, both excluded, got 0.0."),
         ({"mask_ratio": 1}, "mask_ratio must be between 0 and 1, both excluded, got 1."),
-        ({"subset": 0}, "subset must be a share between 0 and 1, or a count of at least 1, got 0."),
-        ({"subset": -3}, "subset must be a share between 0 and 1, or a count of at least 1, got -3."),
-        ({"subset": 1.5}, "subset must be a share between 0 and 1, or a count of at least 1, got 1.5."),
+        ({"subset": 0}, f"{SUBSET}, got 0."),
+        ({"subset": -3}, f"{SUBSET}, got -3."),
+        ({"subset": 1.5}, f"{SUBSET}, got 1.5."),
+        ({"subset": 1.0}, f"{SUBSET}, got 1."),  # not all of them, nor one
+        ({"subset": 1}, f"{SUBSET}, got 1."),
+        ({"min_lr": 0.1}, "min_lr must be at most 0.00025, the peak, from which the learning rate falls, got 0.1."),
         ({"subset": True}, "subset must be float or int or none, got True."),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0."),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers in [0, 1), got (0.9, 1.0)."),

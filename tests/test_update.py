@@ -76,7 +76,7 @@ def test_a_clean_target_is_what_the_image_was_before_its_colours_changed(
     [
         ({"task": "contrastive", "accumulate": 6}, "for task contrastive, whose negatives are other images, got parts"),
         ({"task": "contrastive", "batch_size": 1}, r"got parts of 1 \(batch_size 1, accumulate 1\); use more images"),
-        ({"task": "contrastive", "subset": 1}, r"got parts of 1 \(batch_size 1, accumulate 1\)"),
+        ({"task": "contrastive", "subset": 2, "accumulate": 2}, r"got parts of 1 \(batch_size 2, accumulate 2\)"),
         ({"model": "cvt_nano", "accumulate": 6}, "for the batch norms of cvt_nano, which see one place of an image"),
     ],
 )
