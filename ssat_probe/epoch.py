@@ -20,6 +20,9 @@ from ssat_probe.workers import sentence_of
 LOOKS = ("gradient_cosine", "classification_grad_norm", "task_grad_norm")
 "What a look at the gradients of both terms gives; the log has its mean over the steps looked at in an epoch."
 
+SHARED = {"seconds", "data_wait_s", "steps", "grad_norm", "skipped_steps", "looks", *LOOKS, "energy_j"}
+"What each process goes through whole, and energy, of which each reads the counters of the whole machine."
+
 
 def evaluate(
     encoder: nn.Module,
@@ -27,6 +30,7 @@ def evaluate(
     facts: Facts,
     device: torch.device | str,
     ids: Sequence[int] | np.ndarray | None = None,
+    workers: int = 0,
 ) -> tuple[int, float]:
     """Correct predictions and summed cross-entropy over images; the encoder is left as it was found.
 
@@ -36,6 +40,7 @@ def evaluate(
         facts: How to normalise.
         device: Where the encoder is.
         ids: Positions to look at; all by default.
+        workers: Processes that decode images, where images are files.
 
     Returns:
         Number of images whose largest logit is their class, and the sum of the losses in nats.
@@ -44,8 +49,9 @@ def evaluate(
     encoder.eval()
     positions = np.arange(len(images)) if ids is None else np.asarray(ids)
     correct, loss = 0, 0.0
+    parts = [positions[i : i + 256] for i in range(0, len(positions), 256)]
     with torch.no_grad():
-        for pixels, labels, _ in batches(images, [positions[i : i + 256] for i in range(0, len(positions), 256)]):
+        for pixels, labels, _ in batches(images, parts, workers):
             logits = encoder(normalise(pixels.to(device), facts))
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             labels = labels.to(device)
@@ -73,17 +79,14 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
     done = state.epoch + 1
     if stage != "pretrain" and (done % run.recipe.eval_every == 0 or done == run.recipe.stage_epochs[stage]):
         device = run.accelerator.device
-        counts = [float(n) for one in encoders.values() for n in evaluate(one, run.val, run.facts, device, mine)]
-    nan = float("nan")
-    for key, taken in run.carbon.lap(state.sums.get("processor_s", nan), state.sums.get("energy_j", nan)).items():
-        state.sums[key] = taken
-    names = sorted(state.sums)
-    dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
-    local = torch.tensor([*counts, *(state.sums[name] for name in names)], dtype=dtype)
-    values = run.accelerator.reduce(local.to(run.accelerator.device), "sum").tolist()
-    sums = dict(zip(names, values[len(counts) :], strict=True))
-    processes = run.accelerator.num_processes
-    num, seconds = sums["images"], sums["seconds"] / processes
+        looks = [evaluate(one, run.val, run.facts, device, mine, run.workers) for one in encoders.values()]
+        counts = [float(number) for look in looks for number in look]
+    nan, sums = float("nan"), state.sums
+    processor_s = sums.get("processor_s", nan) / run.accelerator.num_processes
+    mine_emitted = run.carbon.lap(processor_s, sums.get("energy_j", nan))
+    values = _summed(run, [*counts, *mine_emitted.values()])
+    emitted = dict(zip(mine_emitted, values[len(counts) :], strict=True))
+    num, seconds = sums["images"], sums["seconds"]
     row = {
         "stage": stage,
         "epoch": state.epoch + 1,
@@ -93,7 +96,7 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
         **({"auxiliary": sums["auxiliary"] / num} if "auxiliary" in sums else {}),
         **last,
         "grad_norm": sums["grad_norm"] / sums["steps"] if sums["steps"] else nan,
-        **({"skipped_steps": sums["skipped_steps"] / processes} if "skipped_steps" in sums else {}),
+        **({"skipped_steps": sums["skipped_steps"]} if "skipped_steps" in sums else {}),
         **{name: sums[name] / sums["looks"] for name in LOOKS if "looks" in sums},
         "train_accuracy": sums.get("correct", nan) / num,
         **{
@@ -103,14 +106,14 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
         },
         "seconds": seconds,
         "images_per_s": num / seconds,
-        "data_wait_s": sums["data_wait_s"] / processes,
+        "data_wait_s": sums["data_wait_s"],
     }
     state.rows.append(row)
-    spent = {"images": num, "train_s": seconds, "data_wait_s": row["data_wait_s"]}
+    spent: dict[str, float] = {"images": num, "train_s": seconds, "data_wait_s": sums["data_wait_s"]}
     spent |= {"evaluation_s": time.monotonic() - started, "processor_s": sums.get("processor_s", nan)}
-    energy = sums.get("energy_j", nan) / processes  # each process reads the counters of the whole machine
+    energy = sums.get("energy_j", nan)
     spent |= {} if np.isnan(energy) else {"energy_j": energy}
-    spent |= {name: sums[name] for name in ("carbon_energy_j", "co2e_g") if name in sums}
+    spent |= emitted
     _charge(run, state, stage, spent)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if run.accelerator.trackers:
@@ -122,6 +125,30 @@ def finish_epoch(run: Run, state: State, stage: str, last: dict[str, float], ave
                 "log.csv has it.",
                 stacklevel=2,
             )
+
+
+def over_processes(run: Run, sums: dict[str, float]) -> dict[str, float]:
+    """What a step has come to in all processes together, the same in each, so that any of them can be gone on from.
+
+    Args:
+        run: With its processes.
+        sums: Of a step in this process.
+
+    Returns:
+        Sums over the processes of what belongs to images; means of what all of them go through, such as seconds.
+    """
+    processes = run.accelerator.num_processes
+    if processes == 1:
+        return sums
+    names = sorted(sums)
+    totals = dict(zip(names, _summed(run, [sums[name] for name in names]), strict=True))
+    return {name: value / processes if name in SHARED else value for name, value in totals.items()}
+
+
+def _summed(run: Run, values: Sequence[float]) -> list[float]:
+    """Each number's sum over all processes."""
+    dtype = torch.float32 if run.accelerator.device.type == "mps" else torch.float64
+    return run.accelerator.reduce(torch.tensor(values, dtype=dtype).to(run.accelerator.device), "sum").tolist()
 
 
 def has_lost_patience(recipe: Recipe, state: State, stage: str) -> bool:

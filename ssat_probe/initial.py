@@ -21,7 +21,7 @@ FRESH = "the head is learnt anew"
 MASK_TOKEN, UNMASKED = "mask_token", "hidden patches are left out here"
 
 
-def begin_from(encoder: nn.Module, path: str, record: Path) -> Report:
+def begin_from(encoder: nn.Module, path: str, record: Path | None) -> Report:
     """Fill an encoder with the weights of a checkpoint; its head stays as it is.
 
     Positions and patch embeddings of another size are resampled, and a patch embedding of colours is summed for grey
@@ -30,7 +30,7 @@ def begin_from(encoder: nn.Module, path: str, record: Path) -> Report:
     Args:
         encoder: Of the training, with fresh weights.
         path: Of our checkpoint, a file of another tool, or ``timm:NAME?pretrained``.
-        record: File for the report and the hash of the weights.
+        record: File for the report and the hash of the weights; none where another process writes it.
 
     Returns:
         The report.
@@ -64,7 +64,8 @@ def begin_from(encoder: nn.Module, path: str, record: Path) -> Report:
             f"({', '.join(report.unexpected[:3]) or 'none'}); choose the model that they are of."
         )
     content = {"path": path, "hash": found.hash, "report": dataclasses.asdict(report)}
-    write_atomically(record, json.dumps(content, indent=2) + "\n")
+    if record is not None:
+        write_atomically(record, json.dumps(content, indent=2) + "\n")
     return report
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
@@ -74,6 +77,11 @@ class Run:
     carbon: Carbon = field(default_factory=lambda: Carbon(Supply()))
     "What the electricity does."
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the training images; taken once, since it may read many of them."""
+        return self.train.fingerprint()
+
     @property
     def network(self) -> nn.ModuleDict:
         """Encoder and, where there is one, decoder, as one module."""
@@ -96,7 +104,7 @@ def save_state(run: Run, state: State, optimiser: Any, average: ModelEmaV3 | Non
     state.attention = dict(run.attention.chosen)
     content = {
         "recipe": run.recipe.as_dict(),
-        "images": run.train.fingerprint(),
+        "images": run.fingerprint,
         "state": dataclasses.asdict(state),
         "model": state_of(run.encoder, run.decoder),
         "optimiser": optimiser.state_dict(),
@@ -124,7 +132,7 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
         return State(), None
     content = load_tensors(path, "the state of an interrupted training")
     refuse_other(Recipe.from_dict(content["recipe"], str(path)), run.recipe, path)
-    if content["images"] != run.train.fingerprint():
+    if content["images"] != run.fingerprint:
         raise ValueError(
             f"{path} must have been made from the images of data {run.recipe.data!r} as they are now, got others; "
             "restore the images, or start the run again with --no-resume."
@@ -138,6 +146,20 @@ def load_state(run: Run) -> tuple[State, dict[str, Any] | None]:
     if run.attention.asked == "auto":
         run.attention.chosen.update(state.attention)
     return state, {name: content.get(name) for name in ("optimiser", "scaler", "average")}
+
+
+def start_again(run: Run) -> None:
+    """Take away what an interrupted run has left, so that nothing of it stands beside the new one.
+
+    Args:
+        run: Whose folder is cleared.
+    """
+    if not run.accelerator.is_main_process or not run.folder.is_dir():
+        return
+    for name in (STATE_FILE, BEST_FILE, "pretrain.pt", "log.csv", "cost.json"):
+        (run.folder / name).unlink(missing_ok=True)
+    for name in ("snapshots", "steps", "pictures"):
+        shutil.rmtree(run.folder / name, ignore_errors=True)
 
 
 def write_checkpoint(
@@ -154,6 +176,9 @@ def write_checkpoint(
 
     Returns:
         The checkpoint, in every process.
+
+    Raises:
+        FloatingPointError: If there are weights that are not finite.
     """
     network: dict[str, nn.Module] = dict((run.network if average is None else average).named_children())
     weights = state_of(network["encoder"], network.get("decoder") if run.recipe.reconstructs else None)
@@ -161,6 +186,11 @@ def write_checkpoint(
     if state.best_epoch and path.stem == run.recipe.method:
         weights, epoch = load_checkpoint(run.folder / BEST_FILE).state, state.best_epoch
         run.accelerator.wait_for_everyone()  # the file goes below
+    if not all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point()):
+        raise FloatingPointError(
+            f"The weights must be finite at the end of stage {stage}, got nan or infinity, so {path} was not written; "
+            "lower base_lr, set clip_grad, or use precision fp32, in another folder (--out)."
+        )
     stage = stage if average is None else f"{stage}-ema"
     checkpoint = Checkpoint(path, run.recipe, run.facts, stage, epoch, weights)
     if run.accelerator.is_main_process:
@@ -243,6 +273,57 @@ def step_path(folder: Path, stage: str, step: int) -> Path:
         The path.
     """
     return folder / "steps" / f"{stage}-{step:08d}.pt"
+
+
+def refuse_late_snapshots(recipe: Recipe, folder: Path, *, by_epoch: bool, by_step: bool) -> None:
+    """Say so where an interrupted run goes on with snapshots that it did not keep from its beginning.
+
+    Args:
+        recipe: Of the run.
+        folder: Of the run.
+        by_epoch: Whether those by epoch are asked for.
+        by_step: Whether those by step are.
+
+    Raises:
+        ValueError: If the first one is missing.
+    """
+    stage = next(iter(recipe.stage_epochs))
+    asked = {"--snapshots": by_epoch, "--snapshot-steps": by_step}
+    firsts = {"--snapshots": snapshot_path(folder, stage, 0), "--snapshot-steps": step_path(folder, stage, 0)}
+    for option, path in firsts.items():
+        if asked[option] and not path.is_file():
+            raise ValueError(
+                f"{path} must be there for {option}, got an interrupted run that was begun without it; leave it out, "
+                "or start the run again with --no-resume."
+            )
+
+
+def refuse_other_data(there: Facts, asked: Facts, path: Path) -> None:
+    """Refuse to take a finished run for one on other images.
+
+    Args:
+        there: Facts of the data that the run was trained on.
+        asked: Of the data that is there now; a folder's mean and deviation are those of its own images.
+        path: Of the checkpoint.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    for name in ("classes", "channels", "mean", "std"):
+        old, new = getattr(there, name), getattr(asked, name)
+        if old != new and not (name in ("mean", "std") and np.allclose(old, new, rtol=1e-4)):
+            raise ValueError(
+                f"{path} must be of the images that are there now, got one of images with {name} {_brief(old)} instead "
+                f"of {_brief(new)}; choose another folder with --out, or remove the run that is there."
+            )
+
+
+def _brief(values: Any) -> str:
+    """The first few of many."""
+    if not isinstance(values, tuple):
+        return str(values)
+    shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values[:4]]
+    return ", ".join(shown) + (", ..." if len(values) > 4 else "")
 
 
 def refuse_without_snapshots(recipe: Recipe, folder: Path, *, by_step: bool = False) -> None:

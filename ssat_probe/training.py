@@ -21,7 +21,7 @@ from ssat_probe.carbon import Carbon, Supply
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.epoch import evaluate as evaluate
-from ssat_probe.epoch import finish_epoch, has_lost_patience
+from ssat_probe.epoch import finish_epoch, has_lost_patience, over_processes
 from ssat_probe.execution import Execution, keeping_memory, prepare
 from ssat_probe.images import Dataset, Facts, Images, split
 from ssat_probe.initial import begin_from
@@ -33,14 +33,18 @@ from ssat_probe.optimisation import build_optimiser
 from ssat_probe.pictures import check_pictures, write_pictures
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import (
+    STATE_FILE,
     Run,
     State,
     keep_best,
     load_state,
+    refuse_late_snapshots,
     refuse_other,
+    refuse_other_data,
     refuse_without_snapshots,
     save_state,
     snapshot_epochs,
+    start_again,
     write_checkpoint,
     write_snapshot,
 )
@@ -84,7 +88,8 @@ def train(
         out: Folder of the runs.
         data_dir: Where the data set lies, if it is not embedded.
         download: Fetch the data set if it is not there.
-        resume: Go on with an interrupted run of the same recipe; otherwise start it again. A finished one is reused.
+        resume: Go on with an interrupted run of the same recipe; otherwise take away what it left, whatever its recipe,
+            and start again. A finished one is reused.
         device: ``cpu`` to stay on the CPU; by default the fastest device there is.
         tracker: A tracker of accelerate to log to as well: ``tensorboard``, ``wandb``, ...
         workers: Processes that decode images, where images are files.
@@ -99,7 +104,7 @@ def train(
         progress: Called after each step.
 
     Returns:
-        The checkpoint; a folder that holds another recipe's run is a ValueError.
+        The checkpoint; a folder that holds a run of another recipe or on other images is a ValueError.
 
     Raises:
         FloatingPointError: If the loss is not finite; the message names the step and the images, and the last saved
@@ -114,6 +119,7 @@ def train(
     if path.exists():
         checkpoint = load_checkpoint(path)
         refuse_other(checkpoint.recipe, recipe, path)
+        refuse_other_data(checkpoint.facts, dataset.facts, path)
         if snapshots:
             refuse_without_snapshots(recipe, folder)
         if snapshot_steps:
@@ -125,8 +131,16 @@ def train(
             "but beside numbers found in the same way, such as the paper's.",
             stacklevel=3,  # of whoever calls: between is what keeps memory
         )
-    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution, supply)
-    state, saved = load_state(run) if resume else (State(), None)
+    saved: dict[str, Any] | None
+    is_new = not (resume and (folder / STATE_FILE).exists())
+    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution, supply,
+                 is_new=is_new)  # fmt: skip
+    if is_new:
+        start_again(run)
+        state, saved = State(), None
+    else:
+        refuse_late_snapshots(recipe, folder, by_epoch=snapshots, by_step=snapshot_steps)
+        state, saved = load_state(run)
     if run.accelerator.is_main_process:
         write_atomically(folder / "recipe.json", json.dumps(recipe.as_dict(), indent=2) + "\n")
     stages = list(recipe.stage_epochs.items())
@@ -158,12 +172,15 @@ def train(
                 is_looked_at = gradients_every > 0 and global_step % gradients_every == 0
                 sums = update(run, objective, optimiser, loaded, global_step, rate,
                               weight=weight, is_looked_at=is_looked_at)  # fmt: skip
-                if not _is_finite_everywhere(run, sums["loss"]):
-                    raise FloatingPointError(_diverged(run, stage, state, loaded, sums["loss"]))
                 seconds = time.monotonic() - started
+                taken = {"seconds": seconds, "data_wait_s": waited, **run.meter.lap()}
+                totals = over_processes(run, {**sums, **taken})
+                # Of all processes: one that has lost its way stops them all. With a scaler, its steps are skipped.
+                if not np.isfinite([totals["loss"], totals["grad_norm"]]).all():
+                    raise FloatingPointError(_diverged(run, stage, state, loaded, sums))
                 if average is not None:
                     average.update(run.network, state.epoch * per_epoch + state.step + 1)
-                for name, value in {**sums, "seconds": seconds, "data_wait_s": waited, **run.meter.lap()}.items():
+                for name, value in totals.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 done = state.epoch * per_epoch + state.step
@@ -244,14 +261,16 @@ def _start(
     workers: int,
     execution: Execution,
     supply: Supply,
+    *,
+    is_new: bool,
 ) -> Run:
-    """Engine and fresh network of a run."""
+    """Engine and network of a run, which one that goes on fills with its own weights."""
     AcceleratorState._reset_state()  # its settings outlive an Accelerator, and runs of one process may differ
     GradientState._reset_state()
     accelerator = _engine(recipe, device, tracker, folder)
-    encoder = build_encoder(recipe, facts, with_pretrained=True).to(accelerator.device)
-    if recipe.init_from:
-        begin_from(encoder, recipe.init_from, folder / "init.json")
+    encoder = build_encoder(recipe, facts, with_pretrained=is_new).to(accelerator.device)
+    if recipe.init_from and is_new:
+        begin_from(encoder, recipe.init_from, folder / "init.json" if accelerator.is_main_process else None)
     decoder = objectives.behind_encoder(recipe, facts, encoder)
     decoder = decoder.to(accelerator.device) if decoder is not None else None
     budget = budget_of(recipe, facts, len(images[0]))
@@ -301,6 +320,8 @@ def _engine(recipe: Recipe, device: str | None, tracker: str | None, folder: Pat
 
 def _check_looks(recipe: Recipe, every: int) -> None:
     """Refuse to compare the gradients of two terms where there is one."""
+    if every < 0:
+        raise ValueError(f"gradients_every must be at least 0, got {every}; 0 means never.")
     if every and (recipe.method != "ssat" or not recipe.has_task or max(recipe.lambda_ends) == 0):
         raise ValueError(
             f"gradients_every must be 0 where there is one loss, got {every} for method {recipe.method} with "
@@ -341,21 +362,16 @@ def _epoch_batches(run: Run, epoch: int, state: State) -> Any:
     return batches(run.train, [ids[mine] for ids in lists[state.step :]], run.workers)
 
 
-def _is_finite_everywhere(run: Run, loss: float) -> bool:
-    """Whether no process has lost its way, so that all of them stop if one has."""
-    if run.accelerator.num_processes == 1:
-        return bool(np.isfinite(loss))
-    flag = torch.tensor(float(not np.isfinite(loss)), device=run.accelerator.device)
-    return float(run.accelerator.reduce(flag, "sum")) == 0
-
-
-def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, loss: float) -> str:
+def _diverged(run: Run, stage: str, state: State, loaded: LoadedBatch, sums: dict[str, float]) -> str:
+    """The sentence that says where, and what is left."""
     step = f"stage {stage}, epoch {state.epoch + 1}, step {state.step + 1}"
     ids = loaded[2].tolist()
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    said = f"The loss must be finite, got {loss} in {step} (training images {shown})"
-    if np.isfinite(loss):
-        said = f"The loss must be finite, got nan or infinity in another process in {step}"
-    return (
-        f"{said}; the last saved state in {run.folder} is intact: lower base_lr, set clip_grad, or use precision fp32."
+    said = f"The loss must be finite, got nan or infinity in another process in {step}"
+    for name, what in (("grad_norm", "length of the gradient"), ("loss", "loss")):
+        if not np.isfinite(sums[name]):
+            said = f"The {what} must be finite, got {sums[name]} in {step} (training images {shown})"
+    kept = (
+        f"the last saved state in {run.folder} is intact" if (run.folder / STATE_FILE).exists() else "nothing is kept"
     )
+    return f"{said}; {kept}: lower base_lr, set clip_grad, or use precision fp32, in another folder (--out)."

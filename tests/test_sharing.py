@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "swin": {"model": "swin_nano", **EVERYTHING},
     "cvt": {"model": "cvt_nano", **EVERYTHING, "ema_decay": 0.9},
     "cvt dino": {"model": "cvt_nano", "task": "dino", **EVERYTHING},
+    "interrupted": {"method": "scratch", **EVERYTHING},  # within an epoch, and gone on with
 }
 
 
@@ -74,11 +75,20 @@ def in_float64() -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
 
 
+def interrupt(done: int, total: int, text: str) -> None:
+    """In the second step of the second epoch, before it is saved."""
+    if done == 5:
+        raise KeyboardInterrupt
+
+
 def trained(folder: str) -> None:
     """Train every case, in as many processes as run this."""
     with in_float64():
         for name, fields in CASES.items():
             looks = int(fields.get("method", "ssat") == "ssat")
+            if name == "interrupted":
+                with contextlib.suppress(KeyboardInterrupt):
+                    train(recipe_of(fields), Path(folder) / name, device="cpu", save_every_s=-1, progress=interrupt)
             train(recipe_of(fields), Path(folder) / name, device="cpu", gradients_every=looks)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from ssat_probe import training
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_tensors
@@ -212,6 +214,12 @@ def test_a_finished_run_is_reused(tmp_path: Path) -> None:
     assert {path.name for path in files} == {"ssat.pt", "log.csv", "cost.json", "recipe.json"}
 
 
+def test_what_has_no_classes_cannot_be_trained_on(tmp_path: Path) -> None:
+    mine = folder_of(tmp_path, ("cat", "dog"), 0)
+    with pytest.raises(ValueError, match="data must have classes to train on, got 'unlabelled', which has none"):
+        train(tiny("scratch", data="unlabelled", subset=None), tmp_path / "out", data_dir=mine, device="cpu")
+
+
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_another_recipe_in_the_same_folder_is_refused_and_nothing_is_touched(
     tmp_path: Path, *, is_finished: bool
@@ -236,6 +244,71 @@ def test_an_interrupted_run_can_be_started_again(tmp_path: Path) -> None:
         train(tiny(mask_ratio=0.5), tmp_path / "a", device="cpu", save_every_s=-1, progress=stop_after(4))
     again = train(tiny(), tmp_path / "a", device="cpu", resume=False)
     assert_same_run(again, train(tiny(), tmp_path / "b", device="cpu"))
+
+
+def test_nothing_of_a_run_that_is_started_again_stands_beside_the_new_one(tmp_path: Path) -> None:
+    recipe = tiny(epochs=5, select="best")
+    with pytest.raises(Stop):
+        train(
+            recipe,
+            tmp_path,
+            device="cpu",
+            save_every_s=-1,
+            progress=stop_after(14),
+            snapshots=True,
+            snapshot_steps=True,
+        )
+    folder = tmp_path / recipe.name
+    assert {"snapshots", "steps", "training_state.pt", "best.pt"} <= {path.name for path in folder.iterdir()}
+    with pytest.raises(Stop):
+        train(tiny(epochs=4), tmp_path, device="cpu", resume=False, progress=stop_after(2))
+    assert [path.name for path in folder.iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"), [("snapshots", "snapshots/train-00000"), ("snapshot_steps", "steps/train-00000")]
+)
+def test_snapshots_cannot_begin_in_the_middle(tmp_path: Path, option: str, missing: str) -> None:
+    with pytest.raises(Stop):
+        train(tiny(), tmp_path, device="cpu", save_every_s=-1, progress=stop_after(4))
+    sentence = (
+        rf"{missing}\d*\.pt must be there for --{option.replace('_', '-')}, got an interrupted run that was begun"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny(), tmp_path, device="cpu", **{option: True})
+    train(tiny(), tmp_path, device="cpu")
+
+
+def folder_of(root: Path, classes: tuple[str, str], level: int) -> Path:
+    """A few grey pictures of two classes."""
+    for number, place in enumerate(f"{part}/{name}" for part in ("train", "test") for name in classes):
+        (root / place).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((8, 8), level + 5 * i + number, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / place / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (
+            ("ant", "bee"),
+            "must be of the images that are there now, got one of images with classes cat, dog instead of",
+        ),
+        (("cat", "dog"), "must be of the images that are there now, got one of images with mean 0.0"),
+    ],
+)
+def test_a_finished_run_on_other_images_is_not_taken_for_this_one(
+    tmp_path: Path, other: tuple[str, str], sentence: str
+) -> None:
+    recipe = tiny("scratch", model="vit_pico", data="folder", subset=None)
+    mine = folder_of(tmp_path / "mine", ("cat", "dog"), 0)
+    first = train(recipe, tmp_path / "out", data_dir=mine, device="cpu")
+    assert train(recipe, tmp_path / "out", data_dir=mine, device="cpu").hash == first.hash
+    theirs = folder_of(tmp_path / "theirs", other, 100)
+    with pytest.raises(ValueError, match=sentence):
+        train(recipe, tmp_path / "out", data_dir=theirs, device="cpu")
 
 
 def test_a_state_made_from_other_images_is_refused(tmp_path: Path) -> None:
@@ -283,9 +356,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images_and_the_st
 
 
 def test_a_process_that_is_well_says_that_another_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(training, "_is_finite_everywhere", lambda run, loss: False)
+    monkeypatch.setattr(training, "over_processes", lambda run, sums: {**sums, "loss": float("nan")})
     said = r"^The loss must be finite, got nan or infinity in another process in stage train, "
-    with pytest.raises(FloatingPointError, match=said + r"epoch 1, step 1; the last saved state in .* is intact"):
+    with pytest.raises(FloatingPointError, match=said + r"epoch 1, step 1; nothing is kept: lower base_lr"):
+        train(tiny("scratch"), tmp_path, device="cpu")
+
+
+def test_a_last_step_that_leaves_no_finite_weights_is_no_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny("scratch", base_lr=1e38, lr_rule="none", warmup_epochs=0, epochs=1, batch_size=23)
+    said = r"^The weights must be finite at the end of stage train, got nan or infinity, so .*scratch\.pt was not writt"
+    with pytest.raises(FloatingPointError, match=said):
+        train(recipe, tmp_path, device="cpu")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nan = torch.tensor(float("nan"))
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: nan)
+    with pytest.raises(FloatingPointError, match=r"^The length of the gradient must be finite, got nan in stage train"):
         train(tiny("scratch"), tmp_path, device="cpu")
 
 
@@ -688,6 +776,11 @@ def test_one_loss_has_no_gradients_to_compare(tmp_path: Path, fields: dict[str, 
         train(tiny(**fields), tmp_path, device="cpu", gradients_every=3)
 
 
+def test_a_negative_number_of_steps_between_looks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gradients_every must be at least 0, got -3; 0 means never"):
+        train(tiny(), tmp_path, device="cpu", gradients_every=-3)
+
+
 def test_a_training_may_begin_with_weights_of_another(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     pretrained = checkpoints["ssl_ft"].with_name("pretrain.pt")
     recipe = tiny("scratch", init_from=str(pretrained), base_lr=1e-12, min_lr=0.0, weight_decay=0.0)
@@ -701,3 +794,20 @@ def test_a_training_may_begin_with_weights_of_another(tmp_path: Path, checkpoint
     assert record["hash"] == given.hash
     assert record["report"]["fraction"] == 1
     assert not torch.allclose(begun.state["blocks.0.attn.qkv.weight"], fresh.state["blocks.0.attn.qkv.weight"])
+
+
+def test_what_a_run_began_with_stays_written_when_it_goes_on_or_another_is_refused(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    given = tmp_path / "given.pt"
+    given.write_bytes(checkpoints["ssl_ft"].read_bytes())
+    recipe = tiny("scratch", init_from=str(given))
+    with pytest.raises(Stop):
+        train(recipe, tmp_path, device="cpu", save_every_s=-1, progress=stop_after(4))
+    record = tmp_path / recipe.name / "init.json"
+    before = record.read_bytes()
+    with pytest.raises(ValueError, match="must be of the recipe that is asked for, got one with init_from"):
+        train(tiny("scratch", init_from=str(checkpoints["ssat"])), tmp_path, device="cpu")
+    given.unlink()  # a run that goes on needs it no more
+    train(recipe, tmp_path, device="cpu")
+    assert record.read_bytes() == before
