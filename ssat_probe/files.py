@@ -189,7 +189,7 @@ def by_class(folder: Path, classes: Sequence[str]) -> tuple[tuple[Path, ...], np
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder / name))
+        found = below(folder / name)
         if not found:
             raise ValueError(
                 f"{folder / name} must hold images ({', '.join(sorted(ENDINGS))}), got none; add some or remove "
@@ -200,16 +200,24 @@ def by_class(folder: Path, classes: Sequence[str]) -> tuple[tuple[Path, ...], np
     return tuple(paths), np.array(labels, dtype=np.int64)
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Image files at any depth, through links too, without the hidden ones that editors and systems leave behind."""
+def below(folder: Path) -> list[Path]:
+    """Image files at any depth, through links too, without the hidden ones that editors and systems leave behind.
+
+    Args:
+        folder: Any that exists.
+
+    Returns:
+        Their paths, sorted.
+    """
+    found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         is_circle = (real := os.path.realpath(place)) in seen  # a link to a folder above
         seen.add(real)
         folders[:] = [] if is_circle else [name for name in folders if not name.startswith((".", "__"))]
-        for name in [] if is_circle else names:
-            if Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
-                yield Path(place) / name
+        shown = [] if is_circle else [name for name in names if not name.startswith(".")]
+        found += [Path(place) / name for name in shown if Path(name).suffix.lower() in ENDINGS]
+    return sorted(found)
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ or --data-dir FILE.npz: an array "images" (or its only array) of 8-bit images,
         return self._of_array(root) if root.is_file() else self._of_folder(root)
 
     def _of_folder(self, root: Path) -> Images:
-        paths = tuple(sorted(path for path in root.rglob("*") if path.suffix.lower() in files.ENDINGS))
+        paths = tuple(files.below(root))
         if not paths:
             raise FileNotFoundError(f"{root} must hold images, got none with an ending such as .jpg; check --data-dir.")
         shapes = {files.shape(path) for path in paths}
