@@ -19,7 +19,10 @@ def refuse_idle(recipe: Recipe, words: Sequence[str]) -> None:
         ValueError: If there is one.
     """
     typed = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    for option, why in without_effect(recipe, typed).items():
+    idle = without_effect(recipe, typed)
+    if recipe.method == "ssat" and recipe.lambda_end == recipe.lambda_weight:  # a sweep may have it as one end
+        idle["lambda_end"] = "λ ends where it begins"
+    for option, why in idle.items():
         raise ValueError(
             f"--{option.replace('_', '-')} must have an effect, got one that has none: {why}; leave it out."
         )
@@ -70,8 +73,6 @@ def without_effect(recipe: Recipe, typed: Collection[str] = ()) -> dict[str, str
         )
     if predicts and recipe.augmentation != "strong":
         reasons["reconstruction_target"] = f"augmentation {recipe.augmentation} has neither colours nor noise"
-    if recipe.method == "ssat" and recipe.lambda_end == recipe.lambda_weight:
-        reasons["lambda_schedule"] = reasons["lambda_end"] = "λ ends where it begins"
     reasons["masked_convolutions"] = "" if recipe.masks else f"{why} masks nothing"
     if registry.variants("models").get(recipe.model) != "cvt":
         reasons["masked_convolutions"] = f"model {recipe.model} has no convolutions but its patch embedding"
