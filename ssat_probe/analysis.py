@@ -306,8 +306,9 @@ def _check_points(claim: comparison.Claim, cells: Sequence[Planned], axes: Seque
     for method, point in zip(claim.methods, claim.at, strict=True):
         for axis, value in point.items():
             known(axis, axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
-            values = dict.fromkeys(str(cell.point[axis]) for cell in cells if axis in cell.point)
-            known(str(value), values, f"the values of {axis}, where claim {claim.claim!r} is made")
+            values = list(dict.fromkeys(cell.point[axis] for cell in cells if axis in cell.point))
+            if value not in values:  # 40 as text is not the number, and no row would have it
+                known(repr(value), map(repr, values), f"the values of {axis}, where claim {claim.claim!r} is made")
         seeds = [
             cell.recipe.seed
             for cell in cells

@@ -10,6 +10,7 @@ from pandas import DataFrame, Series
 
 from ssat_probe.drawing import METHOD_LABELS
 from ssat_probe.measures.statistics import paired_difference, t_interval, verdict
+from ssat_probe.point import at, named, points_over, shown
 from ssat_probe.registry import known
 from ssat_probe.table import write_atomically
 
@@ -116,15 +117,15 @@ def claim_from(values: Mapping[str, Any], measures: Mapping[str, Measure]) -> Cl
     if values.get("sign") not in (1, -1):
         raise ValueError(f"The sign of claim {values.get('claim')!r} must be 1 or -1, got {values.get('sign')!r}.")
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if isinstance(options.get("at"), dict):
-        options["at"] = (options["at"],) * 2
-    claim = Claim(**options)
-    if len(claim.at) != 2 or not all(isinstance(point, Mapping) for point in claim.at):
-        raise ValueError(
-            f"Where claim {claim.claim!r} is made must be one point or two, got {values['at']!r}; write at: "
-            "{lambda_weight: 0.1}, or one for each method."
-        )
-    return claim
+    if "at" in options:
+        points = (options["at"],) * 2 if isinstance(options["at"], dict) else options["at"]
+        if not isinstance(points, tuple) or [type(point) for point in points] != [dict, dict]:
+            raise ValueError(
+                f"Where claim {values.get('claim')!r} is made must be one point or two, got {values['at']!r}; write "
+                "at: {lambda_weight: 0.1}, or one for each method."
+            )
+        options["at"] = tuple({axis: named(value) for axis, value in point.items()} for point in points)
+    return Claim(**options)
 
 
 def compare(
@@ -234,61 +235,6 @@ def axes_of(compared: DataFrame) -> list[str]:
     return [str(name) for name in compared if name not in ("method", *RESULTS)]
 
 
-def points_over(compared: DataFrame, axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Points of a sweep.
-
-    Args:
-        compared: From ``compare``.
-        axes: Some of its axes.
-
-    Returns:
-        Value on each of these axes, in the order of the table; one empty point where there is none.
-    """
-    if not axes:
-        return [{}]
-    whole = compared[list(axes)].dropna().drop_duplicates()
-    return [dict(zip(axes, row, strict=True)) for row in whole.itertuples(index=False)] or [{}]
-
-
-def at(rows: DataFrame, point: Mapping[str, Any]) -> DataFrame:
-    """Rows of a point of a sweep, with those that do not depend on it.
-
-    Args:
-        rows: With a column per axis.
-        point: Value on each axis that is asked for.
-
-    Returns:
-        Those whose values are the same or none.
-    """
-    for axis, value in point.items():
-        rows = rows[rows[axis].isna() | (rows[axis] == value)]
-    return rows
-
-
-def shown(value: Any) -> str:
-    """A value of an axis as text.
-
-    Args:
-        value: A number, perhaps one that a table made a float, or a name.
-
-    Returns:
-        Without needless digits.
-    """
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def titled(point: Mapping[str, Any]) -> str:
-    """A point of a sweep as the title of a panel.
-
-    Args:
-        point: Value on each axis.
-
-    Returns:
-        Names and values; empty without any.
-    """
-    return ", ".join(f"{axis.replace('_', ' ')} {shown(value)}" for axis, value in point.items())
-
-
 def with_unit(measure: str, unit: Any) -> str:
     """A measure as people read it.
 
@@ -337,11 +283,21 @@ def _check_unique(name: str, values: DataFrame, axes: Sequence[str]) -> None:
         )
 
 
+def _by_seed(claim: Claim, values: DataFrame, method: str, point: Mapping[str, Any]) -> dict[Any, float]:
+    """What one side of a claim is about."""
+    found = at(values[values["method"] == method], point).set_index("seed")[claim.measure].dropna()
+    if found.index.has_duplicates:
+        raise ValueError(
+            f"Claim {claim.claim!r} must be about one training of {method} per seed, got {len(found)} of "
+            f"{found.index.nunique()} seeds; say where on the axes with at:."
+        )
+    return found.to_dict()
+
+
 def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
     """Effect of a claim, paired by seed, and its verdict."""
     first, second = (
-        at(values[values["method"] == method], point).set_index("seed")[claim.measure].dropna().to_dict()
-        for method, point in zip(claim.methods, claim.at, strict=True)
+        _by_seed(claim, values, method, point) for method, point in zip(claim.methods, claim.at, strict=True)
     )
     seeds = first.keys() & second.keys()
     nan = float("nan")

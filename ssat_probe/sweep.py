@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.comparison import at, axes_of, points_over, shown, titled, with_unit
+from ssat_probe.comparison import axes_of, with_unit
 from ssat_probe.effect import without_effect
+from ssat_probe.point import at, named, points_over, shown, titled
 from ssat_probe.recipe import Recipe
 
 Point = dict[str, Any]
@@ -103,9 +104,12 @@ def word(value: Any) -> str:
 def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
     """What each value of an axis sets."""
     if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
-        return {"x".join(map(str, v)) if isinstance(v, list) else v: {axis: v} for v in values}
+        found = {named(value): {axis: value} for value in values}
+        if len(found) < len(values):
+            raise ValueError(f"The axis {axis!r} of {source} must have each value once, got {values!r}; leave one out.")
+        return found
     if isinstance(values, dict) and values and all(isinstance(fields, dict) and fields for fields in values.values()):
-        return values
+        return {named(name): fields for name, fields in values.items()}
     raise ValueError(
         f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
         f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."

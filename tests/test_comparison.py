@@ -96,6 +96,17 @@ def test_claims_pair_only_the_seeds_that_both_methods_have(table: DataFrame, cos
     assert verdicts.iloc[0]["num_seeds"] == 2
 
 
+def test_a_claim_about_two_trainings_of_one_seed_is_refused(table: DataFrame, costs: DataFrame) -> None:
+    twice = [
+        pd.concat([one.assign(x=x, checkpoint=one["checkpoint"] + str(x)) for x in (1, 2)]) for one in (table, costs)
+    ]
+    measures = {"score": Measure("score", "p", "score")}
+    with pytest.raises(
+        ValueError, match=r"Claim 'c' must be about one training of ssat per seed, got 6 of 3 seeds; say"
+    ):
+        comparison.compare(measures, [Claim("c", "score", 1)], {"p": twice[0]}, twice[1], ("x",))
+
+
 def test_measure_that_a_method_does_not_have_is_left_open(table: DataFrame, costs: DataFrame) -> None:
     table.loc[table["method"] == "scratch", "score"] = float("nan")
     compared, _ = comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
