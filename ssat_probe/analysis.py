@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pandas import DataFrame
 
-from ssat_probe import comparison, drawing, probe, sweep, tradeoff, training
+from ssat_probe import comparison, consistency, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
@@ -119,6 +119,9 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     models = list(content.get("models") or [shared.get("model", Recipe.model)])
     vary = dict(content.get("vary") or {})
     cells = planned(shared, models, seeds, list(content["methods"]), vary, str(path), SMOKE if is_smoke else None)
+    alternatives = {axis: sweep.alternatives(axis, values, str(path)) for axis, values in vary.items()}
+    lists = {"method": "methods", "seed": "seeds"} | ({"model": "models"} if content.get("models") else {})
+    consistency.check_recipe([*content["recipe"], *changes], changes, lists, alternatives, cells, str(path))
     recipes = [cell.recipe for cell in cells]
     measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))

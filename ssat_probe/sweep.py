@@ -70,7 +70,7 @@ def planned(
     Raises:
         ValueError: If two alternatives differ in nothing but signs.
     """
-    axes = {str(name): _alternatives(str(name), values, source) for name, values in vary.items()}
+    axes = {str(name): alternatives(str(name), values, source) for name, values in vary.items()}
     cells: dict[str, Planned] = {}
     for model, choice, seed, method in itertools.product(
         models, [dict(zip(axes, one, strict=True)) for one in itertools.product(*axes.values())], seeds, methods
@@ -89,20 +89,20 @@ def planned(
     return list(cells.values())
 
 
-def word(value: Any) -> str:
-    """A value as part of a folder's name.
+def alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
+    """What each value of an axis sets.
 
     Args:
-        value: Of an axis.
+        axis: Its name.
+        values: What the file says there: values of the field of this name, or alternatives.
+        source: Where it was written; goes into messages.
 
     Returns:
-        Letters, digits, signs of numbers, and ``_`` for all else.
+        Fields, by the value's name in tables.
+
+    Raises:
+        ValueError: If it is neither, or says a value twice.
     """
-    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
-
-
-def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
-    """What each value of an axis sets."""
     if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
         found = {named(value): {axis: value} for value in values}
         if len(found) < len(values):
@@ -114,6 +114,18 @@ def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, An
         f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
         f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
     )
+
+
+def word(value: Any) -> str:
+    """A value as part of a folder's name.
+
+    Args:
+        value: Of an axis.
+
+    Returns:
+        Letters, digits, signs of numbers, and ``_`` for all else.
+    """
+    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
 def _shrunk(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,8 +140,8 @@ def _acts(base: Mapping[str, Any], alternatives: Iterable[Mapping[str, Any]], so
 
 
 def _effective(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
-    """Recipe with the changes, without those that have no effect on it."""
-    idle = without_effect(Recipe.from_dict({**base, **changes}, source))
+    """Recipe with the changes, without those that have no effect on it, be their value the default or not."""
+    idle = without_effect(Recipe.from_dict({**base, **changes}, source), changes)
     return Recipe.from_dict({**base, **{name: value for name, value in changes.items() if name not in idle}}, source)
 
 

@@ -20,6 +20,7 @@ from ssat_probe import analysis, report
 from ssat_probe.cli import main
 from ssat_probe.data import cifar10
 from ssat_probe.models import vit
+from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE
 
 FOLDER = PACKAGE.parent / "analyses"
@@ -58,6 +59,29 @@ def test_every_analysis_parses_and_its_header_says_what_it_takes(path: Path) -> 
     header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
     for word in ("Claim:", "Run:", "Takes:", "Needs:", "Got:"):
         assert f" {word} " in header
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_analysis_plans_the_trainings_that_its_results_are_of(path: Path) -> None:
+    folder = PACKAGE.parent / "figures" / path.stem
+    if not folder.is_dir():
+        pytest.skip("never run to its end")
+    chosen = analysis.read(path)
+    recorded = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["recipes"]
+    assert [Recipe.from_dict(one) for one in recorded] == list(chosen.recipes)
+    accuracy = pd.read_csv(folder / "accuracy.csv")["checkpoint"]
+    assert list(dict.fromkeys(accuracy)) == [cell.name for cell in chosen.cells]
+
+
+def test_a_change_of_what_a_file_varies_is_refused() -> None:
+    path = FOLDER / "lambda_sweep.yaml"
+    assert len(analysis.read(path, changes={"warmup_epochs": 2}).cells) == 42
+    for changes in ({"epochs": 5}, {"subset": 60}, {"lambda_weight": 0.3}, {"seed": 9}, {"method": "ssat"}):
+        (field,) = changes
+        with pytest.raises(
+            ValueError, match=rf"field {field} of the recipe, in .*lambda_sweep\.yaml or with --set, must"
+        ):
+            analysis.read(path, changes=changes)
 
 
 def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path: Path) -> None:

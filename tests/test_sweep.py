@@ -33,6 +33,16 @@ def test_a_method_on_which_an_axis_has_no_effect_is_trained_once() -> None:
     assert made[2].name == "lambda_weight=0.02,subset=100/vit_nano-digits-ssat-seed0"
 
 
+@pytest.mark.parametrize("base", [0.1, 0.3, 0.5])
+def test_what_all_share_does_not_say_how_often_a_method_is_trained(base: float) -> None:
+    vary = {"weight": {"a": {"lambda_weight": 0.1}, "b": {"lambda_weight": 0.5}, "c": {"mask_ratio": 0.6}}}
+    made = cells(vary, lambda_weight=base)
+    assert [cell.folder for cell in made if cell.recipe.method == "scratch"] == ["", ""]
+    assert {cell.folder for cell in made if cell.recipe.method == "ssat"} == {"weight=a", "weight=b", "weight=c"}
+    weights = {cell.folder: cell.recipe.lambda_weight for cell in made if cell.recipe.method == "ssat"}
+    assert weights == {"weight=a": 0.1, "weight=b": 0.5, "weight=c": base}
+
+
 def test_without_axes_every_training_has_the_name_of_its_run() -> None:
     assert [cell.name for cell in cells({})] == [cell.recipe.name for cell in cells({})]
     assert len(cells({})) == 6

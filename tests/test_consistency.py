@@ -1,0 +1,44 @@
+"""What an analysis file says in one place against what it says in others."""
+
+import re
+from typing import Any
+
+import pytest
+
+from ssat_probe import consistency, sweep
+
+LISTS = {"method": "methods", "seed": "seeds"}
+
+
+def check_recipe(
+    shared: dict[str, Any], vary: dict[str, Any], methods: tuple[str, ...], typed: tuple[str, ...] = ()
+) -> None:
+    cells = sweep.planned(shared, ["vit_nano"], [0], methods, vary, "f.yaml")
+    axes = {axis: sweep.alternatives(axis, values, "f.yaml") for axis, values in vary.items()}
+    consistency.check_recipe(shared, typed, LISTS, axes, cells, "f.yaml")
+
+
+LENGTHS = {"images": {100: {"subset": 100, "epochs": 3}, "all": {"epochs": 9}}}
+
+
+@pytest.mark.parametrize(
+    ("shared", "vary", "methods", "typed", "why"),
+    [
+        ({"seed": 9}, {}, ("ssat",), (), "The field seed .* it is what seeds lists; leave it out"),
+        ({"method": "ssat"}, {}, ("ssat",), (), "The field method .* it is what methods lists; leave it out"),
+        ({"epochs": 5}, LENGTHS, ("ssat",), (), "The field epochs .* every alternative of the axis 'images' sets it"),
+        ({"mask_ratio": 0.5}, {"mask_ratio": [0.1, 0.6]}, ("ssat",), (), "alternative of the axis 'mask_ratio' sets"),
+        ({"mask_ratio": 0.5}, {}, ("scratch",), (), "The field mask_ratio .* method scratch masks nothing; leave"),
+        ({"lambda_weight": 0.1}, {}, ("scratch", "ssl_ft"), ("lambda_weight",), "method scratch has one loss at a"),
+    ],
+)
+def test_a_field_that_changes_no_training_is_refused(
+    shared: dict[str, Any], vary: dict[str, Any], methods: tuple[str, ...], typed: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(ValueError, match=re.compile(why, re.DOTALL)):
+        check_recipe(shared, vary, methods, typed)
+
+
+def test_a_field_that_changes_some_training_is_kept() -> None:
+    check_recipe({"subset": 50, "mask_ratio": 0.5}, LENGTHS, ("scratch", "ssat"), ("subset", "mask_ratio"))
+    check_recipe({"lambda_weight": 0.1}, {}, ("scratch",))  # a whole recipe may stand in a file
