@@ -127,9 +127,11 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
     claims = tuple(comparison.claim_from(values, measures) for values in content.get("claims", []))
-    _check_axes(axes, measurements, path)
+    consistency.check_axes(axes, measurements, str(path))
+    for measure in measures.values():
+        consistency.check_measure(measure, measurements)
     for claim in claims:
-        _check_points(claim, cells, axes)
+        consistency.check_claim(claim, measures, measurements, cells, axes)
     return Analysis(
         name="-".join(
             [path.stem, *(f"{key}={sweep.word(value)}" for key, value in changes.items()), *["smoke"] * is_smoke]
@@ -290,40 +292,6 @@ def _count(name: str, value: Any, source: str) -> int:
             f"{name} of {source} must be a whole number, 0 for what the cores allow, got {value!r}; choose another."
         )
     return value
-
-
-def _check_axes(axes: Sequence[str], measurements: Sequence[Measurement], path: Path) -> None:
-    """An axis is a column of every table, so its name must not be one that stands there already."""
-    for axis in axes:
-        for one in measurements:
-            if axis in [column.name for column in (*probe.IDENTITY, *one.probe.columns)]:
-                raise ValueError(
-                    f"The axes of {path} must not be named as a column of a table, got {axis!r}, which {one.name} has; "
-                    f"models, methods and seeds have lists of their own, and others may be written as "
-                    f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
-                )
-
-
-def _check_points(claim: comparison.Claim, cells: Sequence[Planned], axes: Sequence[str]) -> None:
-    """A claim must compare one training per seed with another: it says where on the axes of a sweep both stand."""
-    for method, point in zip(claim.methods, claim.at, strict=True):
-        for axis, value in point.items():
-            known(axis, axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
-            values = list(dict.fromkeys(cell.point[axis] for cell in cells if axis in cell.point))
-            if value not in values:  # 40 as text is not the number, and no row would have it
-                known(repr(value), map(repr, values), f"the values of {axis}, where claim {claim.claim!r} is made")
-        seeds = [
-            cell.recipe.seed
-            for cell in cells
-            if cell.recipe.method == method
-            and all(cell.point.get(axis, value) == value for axis, value in point.items())
-            and cell.recipe.model == cells[0].recipe.model
-        ]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(
-                f"Claim {claim.claim!r} must be about one training of {method} per seed, got {len(seeds)} of "
-                f"{len(set(seeds))} seeds; say where on {', '.join(axes)} with at: {{{axes[0]}: ...}}."
-            )
 
 
 def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:

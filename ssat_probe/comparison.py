@@ -19,6 +19,9 @@ RULE = (
     "contradicted: wholly on the other side; inconclusive: otherwise."
 )
 
+ROLES = ("primary", "secondary")
+"Of claims: those that decide, and those that stand beside them."
+
 RESULTS = ("measure", "unit", "mean", "low", "high", "num_seeds")
 "Columns of a comparison behind the method and the axes of a sweep."
 
@@ -92,9 +95,18 @@ def measure_from(name: str, values: Mapping[str, Any]) -> Measure:
 
     Returns:
         The measure; an unknown key is a ValueError.
+
+    Raises:
+        ValueError: If a key is missing or its value is no text.
     """
     for key in values:
-        known(key, [field.name for field in fields(Measure)], f"the keys of measure {name!r}")
+        known(str(key), [field.name for field in fields(Measure)[1:]], f"the keys of measure {name!r}")
+    for key in ("probe", "column", *values):
+        if not isinstance(values.get(key), str):
+            raise ValueError(
+                f"The {key} of measure {name!r} must be text, got {values.get(key)!r}; write one such as "
+                "{probe: accuracy, column: accuracy, where: seed > 0, unit: s}."
+            )
     return Measure(name=name, **values)
 
 
@@ -109,19 +121,31 @@ def claim_from(values: Mapping[str, Any], measures: Mapping[str, Measure]) -> Cl
         The claim; an unknown key or measure is a ValueError.
 
     Raises:
-        ValueError: If the sign is neither 1 nor -1, or ``at`` is not one point of a sweep or two.
+        ValueError: If it says nothing, the sign is neither 1 nor -1, the methods are not two, or ``at`` is neither one
+            point of a sweep nor two.
     """
     for key in values:
-        known(key, [field.name for field in fields(Claim)], "the keys of a claim")
-    known(values.get("measure", ""), measures, "measures")
-    if values.get("sign") not in (1, -1):
-        raise ValueError(f"The sign of claim {values.get('claim')!r} must be 1 or -1, got {values.get('sign')!r}.")
+        known(str(key), [field.name for field in fields(Claim)], "the keys of a claim")
+    if not isinstance(values.get("claim"), str):
+        raise ValueError(
+            f"A claim must say in text what is claimed, got {dict(values)!r}; write claim: SSAT is better."
+        )
+    known(str(values.get("measure", "")), measures, "measures")
+    known(str(values.get("role", Claim.role)), ROLES, f"the roles of a claim, which {values['claim']!r} is")
+    if type(values.get("sign")) is not int or values["sign"] not in (1, -1):
+        raise ValueError(f"The sign of claim {values['claim']!r} must be 1 or -1, got {values.get('sign')!r}.")
+    pair = values.get("methods", list(Claim.methods))
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(method, str) for method in pair):
+        raise ValueError(
+            f"The methods of claim {values['claim']!r} must be two, the one with the higher measure at sign 1 first, "
+            f"got {pair!r}; write methods: [ssat, ssl_ft]."
+        )
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if "at" in options:
         points = (options["at"],) * 2 if isinstance(options["at"], dict) else options["at"]
         if not isinstance(points, tuple) or [type(point) for point in points] != [dict, dict]:
             raise ValueError(
-                f"Where claim {values.get('claim')!r} is made must be one point or two, got {values['at']!r}; write "
+                f"Where claim {values['claim']!r} is made must be one point or two, got {values['at']!r}; write "
                 "at: {lambda_weight: 0.1}, or one for each method."
             )
         options["at"] = tuple({axis: named(value) for axis, value in point.items()} for point in points)

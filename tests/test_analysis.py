@@ -351,6 +351,22 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
         (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),
         (("threads: 1", "threads: two"), r"threads of .*tiny.yaml must be a whole number, 0 for .*, got 'two'; choose"),
         (("threads: 1", "jobs: -1"), r"jobs of .*tiny.yaml must be a whole number, 0 for .*, got -1; choose another"),
+        (
+            ("probe: cost,", "probe: cots,"),
+            r"No 'cots' in the probes that measure 'training time' may be of: .* 'cost'\?",
+        ),
+        (("column: seconds", "column: second"), r"No 'second' in the columns of cost that measure .* mean 'seconds'\?"),
+        (("column: value", "column: quantities"), r"No 'quantities' in the columns of hessian that measure 'λmax' may"),
+        (("column: value", "column: method"), r"No 'method' in the columns of hessian that measure 'λmax' may be of"),
+        (
+            ("sign: 1", "sign: 1, methods: [ssat, scratch]"),
+            r"No 'scratch' in the methods of this analysis, about which",
+        ),
+        (("sign: 1", "sign: 1, methods: [ssat, untrained]"), r"No 'untrained' in the methods of this analysis, about"),
+        (
+            ("[ssl_ft, ssat]", "[ssat]"),
+            r"No 'ssl_ft' in the methods of this analysis, about which claim 'SSAT is sharp",
+        ),
         ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),
     ],
 )

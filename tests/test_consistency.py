@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-from ssat_probe import consistency, sweep
+from ssat_probe import consistency, probe, sweep
+from ssat_probe.cell import Measurement
+from ssat_probe.comparison import Claim, Measure
+from ssat_probe.sample import Sample
 
 LISTS = {"method": "methods", "seed": "seeds"}
 
@@ -42,3 +45,27 @@ def test_a_field_that_changes_no_training_is_refused(
 def test_a_field_that_changes_some_training_is_kept() -> None:
     check_recipe({"subset": 50, "mask_ratio": 0.5}, LENGTHS, ("scratch", "ssat"), ("subset", "mask_ratio"))
     check_recipe({"lambda_weight": 0.1}, {}, ("scratch",))  # a whole recipe may stand in a file
+
+
+def test_untrained_twins_may_be_claimed_something_about_where_they_are_looked_at() -> None:
+    cells = sweep.planned({}, ["vit_nano"], [0, 1], ["ssat"], {}, "f.yaml")
+    looks = [
+        Measurement("with_twin", probe.make("variance", untrained_twin=True), Sample()),
+        Measurement("without", probe.make("variance", untrained_twin=False), Sample()),
+    ]
+    measures = {one.name: Measure(one.name, one.name, "variance") for one in looks}
+    for name in measures:
+        consistency.check_measure(measures[name], looks)
+    consistency.check_claim(Claim("c", "with_twin", 1, ("ssat", "untrained")), measures, looks, cells, ())
+    with pytest.raises(
+        ValueError, match="No 'untrained' in the methods of this analysis, about which claim 'c' is made"
+    ):
+        consistency.check_claim(Claim("c", "without", 1, ("ssat", "untrained")), measures, looks, cells, ())
+
+
+def test_what_a_training_costs_may_be_measured() -> None:
+    consistency.check_measure(Measure("m", "cost", "peak_memory_bytes"), [])
+    with pytest.raises(
+        ValueError, match=r"No 'second' in the columns of cost that measure 'm' may be of: .*'seconds'\?"
+    ):
+        consistency.check_measure(Measure("m", "cost", "second"), [])
