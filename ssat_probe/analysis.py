@@ -127,7 +127,7 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
     measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
     claims = tuple(comparison.claim_from(values, measures) for values in content.get("claims", []))
-    consistency.check_axes(axes, measurements, str(path))
+    consistency.check_names(alternatives, measures, measurements, str(path))
     for measure in measures.values():
         consistency.check_measure(measure, measurements)
     for claim in claims:

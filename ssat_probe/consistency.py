@@ -1,15 +1,22 @@
 """Consistency: what an analysis file says in one place must fit what it says in the others."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ssat_probe import probe
 from ssat_probe.cell import Measurement
-from ssat_probe.comparison import Claim, Measure
+from ssat_probe.comparison import RESULTS, Claim, Measure
 from ssat_probe.effect import without_effect
 from ssat_probe.registry import known
 from ssat_probe.results import COSTS
 from ssat_probe.sweep import Planned
+
+FILES = ("analysis", "claims", "comparison", "cost", "init", "log", "recipe", "report", "sweep", "tradeoff")
+"What a training and an analysis write beside the tables of probes, without ending."
+
+ADDED = ("sd", "undefined", "value", "definition", "policy", "size")
+"Columns that rows of measures and drawings add to those of a table."
 
 
 def check_recipe(
@@ -52,25 +59,51 @@ def check_recipe(
         )
 
 
-def check_axes(axes: Sequence[str], measurements: Sequence[Measurement], source: str) -> None:
-    """Refuse an axis that would be named as another column of a table, since it is one of every table.
+def check_names(
+    axes: Mapping[str, Mapping[Any, Collection[str]]],
+    measures: Collection[str],
+    measurements: Sequence[Measurement],
+    source: str,
+) -> None:
+    """Refuse names under which something else is kept: a file beside a probe's table, a column beside an axis.
 
     Args:
-        axes: Of the sweep.
+        axes: Of the sweep: fields that each alternative sets.
+        measures: Names of measures.
         measurements: Probes of the analysis.
-        source: Where the axes were written; goes into messages.
+        source: Where all this was written; goes into messages.
 
     Raises:
         ValueError: If there is one.
     """
-    for axis in axes:
-        for one in measurements:
-            if axis in [column.name for column in (*probe.IDENTITY, *one.probe.columns)]:
-                raise ValueError(
-                    f"The axes of {source} must not be named as a column of a table, got {axis!r}, which {one.name} "
-                    f"has; models, methods and seeds have lists of their own, and others may be written as "
-                    f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
-                )
+    for one in measurements:
+        if not re.fullmatch(r"[\w-]+", one.name) or one.name.lower() in FILES or one.name.endswith("_rows"):
+            raise ValueError(
+                f"The probes of {source} must be named in letters, digits, - and _, and not as a file of its own "
+                f"({', '.join(FILES)}, ..._rows), got {one.name!r}; rename it, and say with probe: which it is."
+            )
+    tables = {one.name: [column.name for column in (*probe.IDENTITY, *one.probe.columns)] for one in measurements}
+    tables |= {
+        "the comparison": ["checkpoint", "method", "seed", *RESULTS, *ADDED],
+        "cost": [*COSTS, "peak_memory_bytes"],
+    }
+    for axis, alternatives in axes.items():
+        for table in [name for name, columns in tables.items() if axis in columns]:
+            raise ValueError(
+                f"The axes of {source} must not be named as a column of a table, got {axis!r}, which {table} has; "
+                f"models, methods and seeds have lists of their own, and others may be written as "
+                f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
+            )
+        for field in sorted({field for one in alternatives.values() for field in one} & {"method", "seed"}):
+            raise ValueError(
+                f"The axis {axis!r} of {source} must not set {field}, got an alternative that does; methods and seeds "
+                "have lists of their own."
+            )
+    for name in measures:
+        if name in ("checkpoint", "method", "seed", *axes):
+            raise ValueError(
+                f"The measures of {source} must not be named as what they are compared by, got {name!r}; rename it."
+            )
 
 
 def check_measure(measure: Measure, measurements: Sequence[Measurement]) -> None:

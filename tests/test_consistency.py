@@ -69,3 +69,44 @@ def test_what_a_training_costs_may_be_measured() -> None:
         ValueError, match=r"No 'second' in the columns of cost that measure 'm' may be of: .*'seconds'\?"
     ):
         consistency.check_measure(Measure("m", "cost", "second"), [])
+
+
+def check_names(axis: str = "my axis", probe_name: str = "accuracy", measure: str = "m", sets: str = "epochs") -> None:
+    looks = [Measurement(probe_name, probe.make("accuracy"), Sample())]
+    consistency.check_names({axis: {"a": {sets: 2}}}, [measure], looks, "f.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", ["cost", "Log", "recipe", "init", "analysis", "comparison", "a/b", "../x", "", "x_rows"]
+)
+def test_a_probe_is_not_named_as_another_file(name: str) -> None:
+    check_names(probe_name="accuracy_of-2")
+    with pytest.raises(ValueError, match=f"not as a file of its own .*, got '{re.escape(name)}'; rename it"):
+        check_names(probe_name=name)
+
+
+@pytest.mark.parametrize(
+    ("axis", "table"),
+    [
+        ("mean", "the comparison"), ("measure", "the comparison"), ("method", "accuracy"), ("value", "the comparison"),
+        ("seconds", "cost"), ("images", "cost"), ("peak_memory_bytes", "cost"), ("auc", "accuracy"),
+    ],
+)  # fmt: skip
+def test_an_axis_is_not_named_as_another_column(axis: str, table: str) -> None:
+    check_names(axis=f"my {axis}")
+    with pytest.raises(
+        ValueError, match=f"must not be named as a column of a table, got '{axis}', which {table} has; "
+    ):
+        check_names(axis=axis)
+
+
+def test_measures_stand_beside_what_they_are_compared_by_and_methods_and_seeds_have_lists() -> None:
+    for name in ("method", "seed", "my axis"):
+        with pytest.raises(
+            ValueError, match=f"must not be named as what they are compared by, got '{name}'; rename it"
+        ):
+            check_names(measure=name)
+    with pytest.raises(
+        ValueError, match=r"The axis 'my axis' of f\.yaml must not set seed, got an alternative that does"
+    ):
+        check_names(sets="seed")
