@@ -91,13 +91,16 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        """Whether the training is there, and every look at it."""
+        """Whether the training is there, and every look at it; not where this cannot be told: doing it says why."""
         folder = self.checkpoints / self.recipe.name
         looks = [(one, *where) for one in self.measurements for where in one.looks(self.recipe, folder)]
-        return (folder / f"{self.recipe.method}.pt").exists() and all(
-            path.exists() and reuse.is_up_to_date(one.probe, [path], one.sample, table_path.parent, one.name)
-            for one, path, table_path in looks
-        )
+        try:
+            return (folder / f"{self.recipe.method}.pt").exists() and all(
+                path.exists() and reuse.is_up_to_date(one.probe, [path], one.sample, table_path.parent, one.name)
+                for one, path, table_path in looks
+            )
+        except Exception:
+            return False
 
     def __call__(self, told: Progress) -> bool:
         """Train and probe, or find that it is done.
