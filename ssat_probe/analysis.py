@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pandas import DataFrame
 
-from ssat_probe import comparison, consistency, drawing, probe, sweep, tradeoff, training
+from ssat_probe import comparison, consistency, document, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
@@ -27,10 +26,6 @@ from ssat_probe.sweep import Planned, planned
 from ssat_probe.table import write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
-KEYS = (
-    *("title", "recipe", "models", "methods", "seeds", "vary"),
-    *("probes", "measures", "tradeoffs", "claims", "jobs", "threads"),
-)
 OF_MEASUREMENT = ("probe", "models", "snapshots")
 "What a probe's entry may say beside the options of probe and sample."
 
@@ -86,46 +81,27 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
 
     Returns:
         The checked analysis; an unknown key or a value out of range is a ValueError.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not YAML of the right shape.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be an analysis file (YAML), got no such file; see analyses/.")
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be YAML in UTF-8, got other bytes; give an analysis file, see analyses/."
-        ) from error
-    try:
-        content = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {str(error).splitlines()[0]}; mend that line.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}; see analyses/.")
-    for key in content:
-        known(str(key), KEYS, f"the keys of an analysis ({path})")
-    if missing := [key for key in ("recipe", "methods", "seeds", "probes") if not content.get(key)]:
-        raise ValueError(f"{path} must say {', '.join(missing)}, got nothing there; see analyses/mechanisms.yaml.")
+    source, content = document.read(path)
     changes = changes or {}
-    shared, seeds = {**content["recipe"], **changes}, list(content["seeds"])
+    shared, seeds = {**content["recipe"], **changes}, content["seeds"]
     if "model" in changes:
         content.pop("models", None)
     if is_smoke:
         shared = {name: SMOKE[name] for name in ("epochs", "subset", "batch_size") if name not in shared} | shared
         seeds = seeds[:2]
-    models = list(content.get("models") or [shared.get("model", Recipe.model)])
-    vary = dict(content.get("vary") or {})
-    cells = planned(shared, models, seeds, list(content["methods"]), vary, str(path), SMOKE if is_smoke else None)
+    models = content.get("models") or [shared.get("model", Recipe.model)]
+    vary = content.get("vary", {})
+    cells = planned(shared, models, seeds, content["methods"], vary, str(path), SMOKE if is_smoke else None)
     alternatives = {axis: sweep.alternatives(axis, values, str(path)) for axis, values in vary.items()}
     lists = {"method": "methods", "seed": "seeds"} | ({"model": "models"} if content.get("models") else {})
     consistency.check_recipe([*content["recipe"], *changes], changes, lists, alternatives, cells, str(path))
     recipes = [cell.recipe for cell in cells]
     measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
-    measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
+    measures = {
+        name: comparison.measure_from(name, values or {}) for name, values in content.get("measures", {}).items()
+    }
     claims = tuple(comparison.claim_from(values, measures) for values in content.get("claims", []))
     consistency.check_names(alternatives, measures, measurements, str(path))
     for measure in measures.values():
@@ -142,8 +118,8 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         measurements=tuple(measurements),
         measures=measures,
         claims=claims,
-        jobs=_count("jobs", content.get("jobs", 0), str(path)),
-        threads=_count("threads", content.get("threads", 0), str(path)),
+        jobs=content.get("jobs", 0),
+        threads=content.get("threads", 0),
         axes=axes,
         tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
     )
@@ -232,9 +208,13 @@ def run(
         The comparison of the methods and the verdicts on the claims.
 
     Raises:
-        ValueError: If there are options for a cluster and none is asked for.
+        ValueError: If there are fewer jobs than none, or options for a cluster and none is asked for.
     """
-    jobs = _count("--jobs", jobs, "the command line")
+    if jobs < 0:
+        raise ValueError(
+            "--jobs of the command line must be a whole number, 0 for what the cores allow, "
+            f"got {jobs}; choose another."
+        )
     if cluster_options and not cluster:
         raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
     started = time.monotonic()
@@ -285,21 +265,18 @@ def run(
     return comparison.readable(compared), verdicts
 
 
-def _count(name: str, value: Any, source: str) -> int:
-    """A number of processes or threads."""
-    if type(value) is not int or value < 0:
-        raise ValueError(
-            f"{name} of {source} must be a whole number, 0 for what the cores allow, got {value!r}; choose another."
-        )
-    return value
-
-
 def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:
     """A probe of the file: its options, those of its sample, and what cells it looks at stand side by side."""
     sample_fields = {field.name for field in dataclasses.fields(Sample)}
     options = {key: value for key, value in values.items() if key not in (*sample_fields, *OF_MEASUREMENT)}
     sample = {key: value for key, value in values.items() if key in sample_fields}
-    for model in values.get("models", []):
+    models, name_of_probe = values.get("models", []), values.get("probe", name)
+    if not isinstance(models, list) or not all(isinstance(one, str) for one in (*models, name_of_probe)):
+        raise ValueError(
+            f"The models of {name} must be a list of names and its probe a name, got {models!r} and {name_of_probe!r}; "
+            "write models: [vit_nano] and probe: hessian."
+        )
+    for model in models:
         known(model, {one.model: 0 for one in recipes}, f"the models of this analysis, of which {name} takes some")
     if not isinstance(snapshots := values.get("snapshots", []), list):
         raise ValueError(f"The snapshots of {name} must be a list of epochs, got {snapshots!r}; write [0, 1, 2].")
@@ -307,8 +284,8 @@ def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_sm
         sample["num_images"] = 10
         options |= {name: least for name, least in (("steps", 4), ("points", 3)) if name in options}
         snapshots = snapshots and snapshot_epochs(1)
-    chosen = probe.make(values.get("probe", name), **options)
-    measurement = Measurement(name, chosen, Sample(**sample), tuple(values.get("models", ())), tuple(snapshots))
+    chosen = probe.make(name_of_probe, **options)
+    measurement = Measurement(name, chosen, Sample(**sample), tuple(models), tuple(snapshots))
     for recipe in filter(measurement.applies_to, recipes):
         measurement.check(recipe)
     return measurement

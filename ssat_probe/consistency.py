@@ -144,7 +144,7 @@ def check_claim(
     for method, point in zip(claim.methods, claim.at, strict=True):
         known(method, methods, f"the methods of this analysis, about which claim {claim.claim!r} is made")
         for axis, value in point.items():
-            known(axis, axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
+            known(str(axis), axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
             values = list(dict.fromkeys(cell.point[axis] for cell in cells if axis in cell.point))
             if value not in values:  # 40 as text is not the number, and no row would have it
                 known(repr(value), map(repr, values), f"the values of {axis}, where claim {claim.claim!r} is made")

@@ -108,7 +108,7 @@ def alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any
         if len(found) < len(values):
             raise ValueError(f"The axis {axis!r} of {source} must have each value once, got {values!r}; leave one out.")
         return found
-    if isinstance(values, dict) and values and all(isinstance(fields, dict) and fields for fields in values.values()):
+    if isinstance(values, dict) and values and all(map(_are_fields, values.values())):
         return {named(name): fields for name, fields in values.items()}
     raise ValueError(
         f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
@@ -126,6 +126,11 @@ def word(value: Any) -> str:
         Letters, digits, signs of numbers, and ``_`` for all else.
     """
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
+
+
+def _are_fields(values: Any) -> bool:
+    """Whether an alternative sets something."""
+    return isinstance(values, dict) and bool(values) and all(isinstance(name, str) for name in values)
 
 
 def _shrunk(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:

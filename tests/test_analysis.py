@@ -367,6 +367,22 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
             ("[ssl_ft, ssat]", "[ssat]"),
             r"No 'ssl_ft' in the methods of this analysis, about which claim 'SSAT is sharp",
         ),
+        (
+            ("hessian: {", "hessian: {models: vit_pico, "),
+            r"models of hessian must be a list of names and its probe a name",
+        ),
+        (
+            ("hessian: {", "hessian: {probe: 3, "),
+            r"must be a list of names and its probe a name, got \[\] and 3; write",
+        ),
+        (
+            ("epochs: 2", "epochs: 2, seed: 5"),
+            r"The field seed of the recipe, in .*tiny.yaml or with --set, must have an",
+        ),
+        (
+            ("  accuracy: {", "  cost: {probe: accuracy, "),
+            r"not as a file of its own .*, got 'cost'; rename it, and say",
+        ),
         ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),
     ],
 )

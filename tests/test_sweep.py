@@ -90,6 +90,10 @@ def test_to_try_a_sweep_out_its_trainings_are_shrunk() -> None:
             {"length": {"a": 3}},
             r"The axis 'length' of file.yaml must be a list .* got {'a': 3}; write lambda_weight: \[",
         ),
+        (
+            {"length": {"a": {3: 4}}},
+            r"The axis 'length' of file.yaml must be a list .* got {'a': {3: 4}}; write lambda_w",
+        ),
         ({"lambda_weight": [0.1, 1.5]}, r"lambda_weight must be between 0 and 1, got 1.5"),
         (
             {"subset": [9, None, 9]},
