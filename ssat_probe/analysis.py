@@ -163,8 +163,10 @@ def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, j
         folder = checkpoints / cell.name
         if (folder / f"{cell.recipe.method}.pt").exists():
             num_done += 1
-            if (folder / "cost.json").exists():
-                seconds += sum(stage["train_s"] + stage["evaluation_s"] for stage in stages_of(folder))
+            stages = stages_of(folder) if (folder / "cost.json").exists() else []
+            parts: list[Any] = [stage.get(of) for stage in stages for of in ("train_s", "evaluation_s")]
+            if parts and None not in parts:
+                seconds += sum(parts)
                 spent += budget.training_multiply_adds
         else:
             left += budget.training_multiply_adds
@@ -219,7 +221,7 @@ def run(
         raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
     started = time.monotonic()
     path = out / "analysis.json"
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before = _finished(path)
     write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [
@@ -258,9 +260,8 @@ def run(
     if analysis.tradeoffs and len(compared):
         drawing.save(tradeoff.draw(compared, analysis.tradeoffs), out / "tradeoff")
     record = _record(analysis, time.monotonic() - started)
-    kept = json.loads(before) if before and not is_new else {}
-    if kept.get("seconds") is not None and kept["source"] == analysis.source:
-        record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
+    if before and before["source"] == analysis.source and not is_new:
+        record = before  # nothing was trained or measured: date and seconds stay those of the run that did
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     return comparison.readable(compared), verdicts
 
@@ -298,6 +299,16 @@ def _on_device(measurement: Measurement, data_dir: Path | None, device: str | No
         device=measurement.sample.device or device or "",
     )
     return dataclasses.replace(measurement, sample=sample)
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """Record of a run that came to its end; empty if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_whole = isinstance(record, dict) and record.keys() >= {"name", "date", "seconds", "cores", "source", "recipes"}
+    return record if is_whole and record["seconds"] is not None else {}
 
 
 def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:

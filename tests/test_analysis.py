@@ -103,6 +103,15 @@ def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path:
     assert "; 2 are done, the others take about 10.0 min at their speed, 2 side" in analysis.estimate(
         chosen, budgets, tmp_path, jobs=2
     )
+    (folder / "cost.json").write_text('{"a": {"train_s": 500}}')  # which does not say all: the other one counts alone
+    (tmp_path / chosen.cells[0].name / "cost.json").write_text('{"a": {"train_s": 1200, "evaluation_s": 0}}')
+    minutes = 1200 / 60 * total / 2 / budgets[0].training_multiply_adds / 2
+    assert f"the others take about {minutes:.1f} min at" in analysis.estimate(chosen, budgets, tmp_path, jobs=2)
+    (folder / "cost.json").write_text('{"a":')
+    with pytest.raises(
+        ValueError, match=r"cost\.json must say in numbers what each stage of a training cost, got a dam"
+    ):
+        analysis.estimate(chosen, budgets, tmp_path)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -49,6 +49,19 @@ def test_a_damaged_cell_is_not_done_and_says_itself_what_is_wrong(tmp_path: Path
         cell(lambda *news: None)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"check"])
+def test_a_damaged_table_is_measured_again(tmp_path: Path, content: bytes) -> None:
+    cell = Cell(RECIPE, tmp_path, (END,), None, "cpu")
+    cell(lambda *news: None)
+    table = tmp_path / RECIPE.name / "end.csv"
+    whole = table.read_bytes()
+    table.write_bytes(content)
+    assert not cell.is_done
+    assert cell(lambda *news: None)
+    assert table.read_bytes() == whole
+    assert cell.is_done
+
+
 def test_a_training_that_kept_no_snapshots_is_not_looked_at_along_the_way(tmp_path: Path) -> None:
     Cell(RECIPE, tmp_path, (END,), None, "cpu")(lambda *news: None)
     with pytest.raises(ValueError, match=r"snapshots/pretrain-00000\.pt must be there for --snapshots, got a finished"):
