@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pandas import DataFrame
 
 from ssat_probe import comparison, consistency, document, drawing, probe, sweep, tradeoff, training
@@ -23,7 +24,7 @@ from ssat_probe.results import costs, gathered, stages_of
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
-from ssat_probe.table import write_atomically
+from ssat_probe.table import check_writable, write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
 OF_MEASUREMENT = ("probe", "models", "snapshots")
@@ -222,7 +223,9 @@ def run(
     started = time.monotonic()
     path = out / "analysis.json"
     before = _finished(path)
-    write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
+    check_writable(out)
+    if not before:
+        _write_record(path, _record(analysis, None))
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [
         Cell(
@@ -249,6 +252,9 @@ def run(
     else:
         names = [one.name for one in analysis.cells]
         is_new = side_by_side(cells, names, jobs or analysis.jobs, analysis.threads, progress)
+    if is_new or not _is_of(before, analysis):  # from here on the folder holds something else than it did
+        before = {}
+        _write_record(path, _record(analysis, None))
     folders = {checkpoints / one.name: one for one in analysis.cells}
     tables = {one.name: gathered(one, folders, out, analysis.axes) for one in measurements}
     spent = costs(folders, analysis.axes)
@@ -259,10 +265,9 @@ def run(
         drawing.save(sweep.draw(compared), out / "sweep")
     if analysis.tradeoffs and len(compared):
         drawing.save(tradeoff.draw(compared, analysis.tradeoffs), out / "tradeoff")
-    record = _record(analysis, time.monotonic() - started)
-    if before and before["source"] == analysis.source and not is_new:
-        record = before  # nothing was trained or measured: date and seconds stay those of the run that did
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    # Where nothing was trained or measured, date and seconds stay those of the run that did.
+    kept = {key: before[key] for key in ("date", "seconds", "cores") if before}
+    _write_record(path, _record(analysis, time.monotonic() - started) | kept)
     return comparison.readable(compared), verdicts
 
 
@@ -309,6 +314,20 @@ def _finished(path: Path) -> dict[str, Any]:
         return {}
     is_whole = isinstance(record, dict) and record.keys() >= {"name", "date", "seconds", "cores", "source", "recipes"}
     return record if is_whole and record["seconds"] is not None else {}
+
+
+def _is_of(record: Mapping[str, Any], analysis: Analysis) -> bool:
+    """Whether a finished run was of what the file says now, whatever its comments."""
+    if not record or record["name"] != analysis.name:
+        return False
+    try:
+        return bool(document.parsed(record["source"]) == document.parsed(analysis.source))
+    except yaml.YAMLError:  # an earlier version took it
+        return False
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,44 @@ def test_a_cell_that_fails_is_named_the_others_are_done_and_the_same_command_doe
     assert caught.value.code == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert pd.read_csv(out / "accuracy.csv")["checkpoint"].tolist() == names
+
+
+def test_date_and_seconds_stay_until_something_is_trained_or_measured_anew(tmp_path: Path) -> None:
+    path, runs, out = tmp_path / "small.yaml", tmp_path / "runs", tmp_path / "out"
+    record_path = out / "analysis.json"
+
+    def run(text: str) -> dict[str, object]:
+        path.write_text(text, encoding="utf-8")
+        analysis.run(analysis.read(path), out, runs, device="cpu", jobs=1)
+        return dict(json.loads(record_path.read_text(encoding="utf-8")))
+
+    run(SMALL)
+    first = json.loads(record_path.read_text(encoding="utf-8")) | {"date": "then", "seconds": 99.5, "cores": 3}
+    record_path.write_text(json.dumps(first), encoding="utf-8")
+    assert run(SMALL) == first
+    assert run(f"# A comment\n{SMALL}") == first | {"source": f"# A comment\n{SMALL}"}
+    before = record_path.read_bytes()
+    checkpoint = runs / analysis.read(path).cells[0].name / "scratch.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ChildProcessError, match="got 1 that failed"):
+        run(SMALL)
+    assert record_path.read_bytes() == before
+    checkpoint.write_bytes(whole)
+    record_path.write_text('{"name":', encoding="utf-8")  # no reason to lose the work
+    assert isinstance(run(SMALL)["seconds"], float)
+    record_path.write_text(json.dumps(first), encoding="utf-8")
+    assert run(SMALL.replace("num_images: 30", "num_images: 20"))["date"] != "then"
+
+
+def test_a_run_whose_results_cannot_be_compared_is_not_finished(tmp_path: Path) -> None:
+    path, runs, out = tmp_path / "small.yaml", tmp_path / "runs", tmp_path / "out"
+    text = SMALL.replace("column: accuracy}", "column: accuracy, where: seed > 9}")
+    for one in (SMALL, text):
+        path.write_text(one, encoding="utf-8")
+        with pytest.raises(ValueError, match="got none for") if one == text else nullcontext():
+            analysis.run(analysis.read(path), out, runs, device="cpu", jobs=1)
+    assert json.loads((out / "analysis.json").read_text(encoding="utf-8"))["seconds"] is None
 
 
 def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
