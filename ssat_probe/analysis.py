@@ -25,7 +25,7 @@ from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
 from ssat_probe.table import check_writable, write_atomically
-from ssat_probe.workers import Progress, side_by_side
+from ssat_probe.workers import Progress, shares, side_by_side
 
 OF_MEASUREMENT = ("probe", "models", "snapshots")
 "What a probe's entry may say beside the options of probe and sample."
@@ -177,7 +177,7 @@ def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, j
         return f"{total}."
     if not spent:
         return f"{total}, and how long the others take is not known before one is."
-    jobs = jobs or analysis.jobs or 1
+    jobs, _ = shares(jobs or analysis.jobs, analysis.threads, len(budgets) - num_done)
     minutes = left * seconds / spent / jobs / 60
     return f"{total}, the others take about {minutes:.1f} min at their speed, {jobs} side by side; probes come on top."
 

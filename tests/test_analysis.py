@@ -85,7 +85,10 @@ def test_a_change_of_what_a_file_varies_is_refused() -> None:
             analysis.read(path, changes=changes)
 
 
-def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path: Path) -> None:
+def test_estimate_is_that_of_what_is_done_in_multiply_adds(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     chosen = analysis.read(tiny)
     budgets = [budget for _, budget in analysis.plan(chosen)]
     told = analysis.estimate(chosen, budgets, tmp_path)
@@ -104,6 +107,9 @@ def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path:
     assert "; 2 are done, the others take about 10.0 min at their speed, 2 side" in analysis.estimate(
         chosen, budgets, tmp_path, jobs=2
     )
+    for threads, jobs in ((1, 2), (4, 2), (8, 1), (0, 1)):  # of 8 cores, and 2 are left to be trained
+        told = analysis.estimate(dataclasses.replace(chosen, threads=threads), budgets, tmp_path)
+        assert f"take about {20 / jobs:.1f} min at their speed, {jobs} side by side;" in told
     (folder / "cost.json").write_text('{"a": {"train_s": 500}}')  # which does not say all: the other one counts alone
     (tmp_path / chosen.cells[0].name / "cost.json").write_text('{"a": {"train_s": 1200, "evaluation_s": 0}}')
     minutes = 1200 / 60 * total / 2 / budgets[0].training_multiply_adds / 2
