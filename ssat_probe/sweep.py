@@ -18,6 +18,9 @@ from ssat_probe.effect import without_effect
 from ssat_probe.point import at, named, points_over, shown, titled
 from ssat_probe.recipe import Recipe
 
+GAPS = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "None", "NULL", "null")
+"Text that pandas reads back from a table as missing."
+
 Point = dict[str, Any]
 "Where a training stands: its value, or the name of its alternative, on each axis that changes it."
 
@@ -101,19 +104,25 @@ def alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any
         Fields, by the value's name in tables.
 
     Raises:
-        ValueError: If it is neither, or says a value twice.
+        ValueError: If it is neither, says a value twice, or has one that a table would lose.
     """
     if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
-        found = {named(value): {axis: value} for value in values}
-        if len(found) < len(values):
-            raise ValueError(f"The axis {axis!r} of {source} must have each value once, got {values!r}; leave one out.")
-        return found
-    if isinstance(values, dict) and values and all(map(_are_fields, values.values())):
-        return {named(name): fields for name, fields in values.items()}
-    raise ValueError(
-        f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
-        f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
-    )
+        pairs = [(named(value), {axis: value}) for value in values]
+    elif isinstance(values, dict) and values and all(map(_are_fields, values.values())):
+        pairs = [(named(name), fields) for name, fields in values.items()]
+    else:
+        raise ValueError(
+            f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
+            f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
+        )
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"The axis {axis!r} of {source} must have each value once, got {values!r}; leave one out.")
+    if gaps := [name for name, _ in pairs if name in GAPS]:
+        raise ValueError(
+            f"The axis {axis!r} of {source} must have values that a table can tell from a gap, got {gaps[0]!r}; call "
+            "it none or by another name."
+        )
+    return dict(pairs)
 
 
 def word(value: Any) -> str:
