@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pandas import DataFrame
 
-from ssat_probe import comparison, drawing, probe, sweep, tradeoff, training
+from ssat_probe import comparison, consistency, document, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
@@ -24,13 +24,9 @@ from ssat_probe.results import costs, gathered, stages_of
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
-from ssat_probe.table import write_atomically
-from ssat_probe.workers import Progress, side_by_side
+from ssat_probe.table import check_writable, write_atomically
+from ssat_probe.workers import Progress, shares, side_by_side
 
-KEYS = (
-    *("title", "recipe", "models", "methods", "seeds", "vary"),
-    *("probes", "measures", "tradeoffs", "claims", "jobs", "threads"),
-)
 OF_MEASUREMENT = ("probe", "models", "snapshots")
 "What a probe's entry may say beside the options of probe and sample."
 
@@ -86,47 +82,33 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
 
     Returns:
         The checked analysis; an unknown key or a value out of range is a ValueError.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not YAML of the right shape.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be an analysis file (YAML), got no such file; see analyses/.")
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be YAML in UTF-8, got other bytes; give an analysis file, see analyses/."
-        ) from error
-    try:
-        content = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {str(error).splitlines()[0]}; mend that line.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}; see analyses/.")
-    for key in content:
-        known(str(key), KEYS, f"the keys of an analysis ({path})")
-    if missing := [key for key in ("recipe", "methods", "seeds", "probes") if not content.get(key)]:
-        raise ValueError(f"{path} must say {', '.join(missing)}, got nothing there; see analyses/mechanisms.yaml.")
+    source, content = document.read(path)
     changes = changes or {}
-    shared, seeds = {**content["recipe"], **changes}, list(content["seeds"])
+    shared, seeds = {**content["recipe"], **changes}, content["seeds"]
     if "model" in changes:
         content.pop("models", None)
     if is_smoke:
         shared = {name: SMOKE[name] for name in ("epochs", "subset", "batch_size") if name not in shared} | shared
         seeds = seeds[:2]
-    models = list(content.get("models") or [shared.get("model", Recipe.model)])
-    vary = dict(content.get("vary") or {})
-    cells = planned(shared, models, seeds, list(content["methods"]), vary, str(path), SMOKE if is_smoke else None)
+    models = content.get("models") or [shared.get("model", Recipe.model)]
+    vary = content.get("vary", {})
+    cells = planned(shared, models, seeds, content["methods"], vary, str(path), SMOKE if is_smoke else None)
+    alternatives = {axis: sweep.alternatives(axis, values, str(path)) for axis, values in vary.items()}
+    lists = {"method": "methods", "seed": "seeds"} | ({"model": "models"} if content.get("models") else {})
+    consistency.check_recipe([*content["recipe"], *changes], changes, lists, alternatives, cells, str(path))
     recipes = [cell.recipe for cell in cells]
     measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
-    measures = {name: comparison.measure_from(name, values) for name, values in content.get("measures", {}).items()}
+    measures = {
+        name: comparison.measure_from(name, values or {}) for name, values in content.get("measures", {}).items()
+    }
     claims = tuple(comparison.claim_from(values, measures) for values in content.get("claims", []))
-    _check_axes(axes, measurements, path)
+    consistency.check_names(alternatives, measures, measurements, str(path))
+    for measure in measures.values():
+        consistency.check_measure(measure, measurements)
     for claim in claims:
-        _check_points(claim, cells, axes)
+        consistency.check_claim(claim, measures, measurements, cells, axes)
     return Analysis(
         name="-".join(
             [path.stem, *(f"{key}={sweep.word(value)}" for key, value in changes.items()), *["smoke"] * is_smoke]
@@ -137,8 +119,8 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         measurements=tuple(measurements),
         measures=measures,
         claims=claims,
-        jobs=_count("jobs", content.get("jobs", 0), str(path)),
-        threads=_count("threads", content.get("threads", 0), str(path)),
+        jobs=content.get("jobs", 0),
+        threads=content.get("threads", 0),
         axes=axes,
         tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
     )
@@ -182,8 +164,10 @@ def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, j
         folder = checkpoints / cell.name
         if (folder / f"{cell.recipe.method}.pt").exists():
             num_done += 1
-            if (folder / "cost.json").exists():
-                seconds += sum(stage["train_s"] + stage["evaluation_s"] for stage in stages_of(folder))
+            stages = stages_of(folder) if (folder / "cost.json").exists() else []
+            parts: list[Any] = [stage.get(of) for stage in stages for of in ("train_s", "evaluation_s")]
+            if parts and None not in parts:
+                seconds += sum(parts)
                 spent += budget.training_multiply_adds
         else:
             left += budget.training_multiply_adds
@@ -193,7 +177,7 @@ def estimate(analysis: Analysis, budgets: Sequence[Budget], checkpoints: Path, j
         return f"{total}."
     if not spent:
         return f"{total}, and how long the others take is not known before one is."
-    jobs = jobs or analysis.jobs or 1
+    jobs, _ = shares(jobs or analysis.jobs, analysis.threads, len(budgets) - num_done)
     minutes = left * seconds / spent / jobs / 60
     return f"{total}, the others take about {minutes:.1f} min at their speed, {jobs} side by side; probes come on top."
 
@@ -227,15 +211,21 @@ def run(
         The comparison of the methods and the verdicts on the claims.
 
     Raises:
-        ValueError: If there are options for a cluster and none is asked for.
+        ValueError: If there are fewer jobs than none, or options for a cluster and none is asked for.
     """
-    jobs = _count("--jobs", jobs, "the command line")
+    if jobs < 0:
+        raise ValueError(
+            "--jobs of the command line must be a whole number, 0 for what the cores allow, "
+            f"got {jobs}; choose another."
+        )
     if cluster_options and not cluster:
         raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
     started = time.monotonic()
     path = out / "analysis.json"
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    write_atomically(path, json.dumps(_record(analysis, None), indent=2) + "\n")
+    before = _finished(path)
+    check_writable(out)
+    if not before:
+        _write_record(path, _record(analysis, None))
     measurements = [_on_device(measurement, data_dir, device) for measurement in analysis.measurements]
     cells = [
         Cell(
@@ -262,6 +252,9 @@ def run(
     else:
         names = [one.name for one in analysis.cells]
         is_new = side_by_side(cells, names, jobs or analysis.jobs, analysis.threads, progress)
+    if is_new or not _is_of(before, analysis):  # from here on the folder holds something else than it did
+        before = {}
+        _write_record(path, _record(analysis, None))
     folders = {checkpoints / one.name: one for one in analysis.cells}
     tables = {one.name: gathered(one, folders, out, analysis.axes) for one in measurements}
     spent = costs(folders, analysis.axes)
@@ -272,54 +265,10 @@ def run(
         drawing.save(sweep.draw(compared), out / "sweep")
     if analysis.tradeoffs and len(compared):
         drawing.save(tradeoff.draw(compared, analysis.tradeoffs), out / "tradeoff")
-    record = _record(analysis, time.monotonic() - started)
-    kept = json.loads(before) if before and not is_new else {}
-    if kept.get("seconds") is not None and kept["source"] == analysis.source:
-        record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    # Where nothing was trained or measured, date and seconds stay those of the run that did.
+    kept = {key: before[key] for key in ("date", "seconds", "cores") if before}
+    _write_record(path, _record(analysis, time.monotonic() - started) | kept)
     return comparison.readable(compared), verdicts
-
-
-def _count(name: str, value: Any, source: str) -> int:
-    """A number of processes or threads."""
-    if type(value) is not int or value < 0:
-        raise ValueError(
-            f"{name} of {source} must be a whole number, 0 for what the cores allow, got {value!r}; choose another."
-        )
-    return value
-
-
-def _check_axes(axes: Sequence[str], measurements: Sequence[Measurement], path: Path) -> None:
-    """An axis is a column of every table, so its name must not be one that stands there already."""
-    for axis in axes:
-        for one in measurements:
-            if axis in [column.name for column in (*probe.IDENTITY, *one.probe.columns)]:
-                raise ValueError(
-                    f"The axes of {path} must not be named as a column of a table, got {axis!r}, which {one.name} has; "
-                    f"models, methods and seeds have lists of their own, and others may be written as "
-                    f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
-                )
-
-
-def _check_points(claim: comparison.Claim, cells: Sequence[Planned], axes: Sequence[str]) -> None:
-    """A claim must compare one training per seed with another: it says where on the axes of a sweep both stand."""
-    for method, point in zip(claim.methods, claim.at, strict=True):
-        for axis, value in point.items():
-            known(axis, axes, f"the axes of the sweep, where claim {claim.claim!r} is made")
-            values = dict.fromkeys(str(cell.point[axis]) for cell in cells if axis in cell.point)
-            known(str(value), values, f"the values of {axis}, where claim {claim.claim!r} is made")
-        seeds = [
-            cell.recipe.seed
-            for cell in cells
-            if cell.recipe.method == method
-            and all(cell.point.get(axis, value) == value for axis, value in point.items())
-            and cell.recipe.model == cells[0].recipe.model
-        ]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(
-                f"Claim {claim.claim!r} must be about one training of {method} per seed, got {len(seeds)} of "
-                f"{len(set(seeds))} seeds; say where on {', '.join(axes)} with at: {{{axes[0]}: ...}}."
-            )
 
 
 def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:
@@ -327,7 +276,13 @@ def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_sm
     sample_fields = {field.name for field in dataclasses.fields(Sample)}
     options = {key: value for key, value in values.items() if key not in (*sample_fields, *OF_MEASUREMENT)}
     sample = {key: value for key, value in values.items() if key in sample_fields}
-    for model in values.get("models", []):
+    models, name_of_probe = values.get("models", []), values.get("probe", name)
+    if not isinstance(models, list) or not all(isinstance(one, str) for one in (*models, name_of_probe)):
+        raise ValueError(
+            f"The models of {name} must be a list of names and its probe a name, got {models!r} and {name_of_probe!r}; "
+            "write models: [vit_nano] and probe: hessian."
+        )
+    for model in models:
         known(model, {one.model: 0 for one in recipes}, f"the models of this analysis, of which {name} takes some")
     if not isinstance(snapshots := values.get("snapshots", []), list):
         raise ValueError(f"The snapshots of {name} must be a list of epochs, got {snapshots!r}; write [0, 1, 2].")
@@ -335,8 +290,8 @@ def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_sm
         sample["num_images"] = 10
         options |= {name: least for name, least in (("steps", 4), ("points", 3)) if name in options}
         snapshots = snapshots and snapshot_epochs(1)
-    chosen = probe.make(values.get("probe", name), **options)
-    measurement = Measurement(name, chosen, Sample(**sample), tuple(values.get("models", ())), tuple(snapshots))
+    chosen = probe.make(name_of_probe, **options)
+    measurement = Measurement(name, chosen, Sample(**sample), tuple(models), tuple(snapshots))
     for recipe in filter(measurement.applies_to, recipes):
         measurement.check(recipe)
     return measurement
@@ -349,6 +304,30 @@ def _on_device(measurement: Measurement, data_dir: Path | None, device: str | No
         device=measurement.sample.device or device or "",
     )
     return dataclasses.replace(measurement, sample=sample)
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """Record of a run that came to its end; empty if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_whole = isinstance(record, dict) and record.keys() >= {"name", "date", "seconds", "cores", "source", "recipes"}
+    return record if is_whole and record["seconds"] is not None else {}
+
+
+def _is_of(record: Mapping[str, Any], analysis: Analysis) -> bool:
+    """Whether a finished run was of what the file says now, whatever its comments."""
+    if not record or record["name"] != analysis.name:
+        return False
+    try:
+        return bool(document.parsed(record["source"]) == document.parsed(analysis.source))
+    except yaml.YAMLError:  # an earlier version took it
+        return False
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:

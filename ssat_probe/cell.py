@@ -9,7 +9,7 @@ from ssat_probe.probe import Probe
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import snapshot_epochs, snapshot_path
 from ssat_probe.sample import Sample
-from ssat_probe.table import write_table
+from ssat_probe.table import read_table, write_table
 from ssat_probe.workers import Progress
 
 PROBE_STEPS = 100
@@ -91,13 +91,18 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        """Whether the training is there, and every look at it."""
+        """Whether the training is there, and every look at it; not where this cannot be told: doing it says why."""
         folder = self.checkpoints / self.recipe.name
         looks = [(one, *where) for one in self.measurements for where in one.looks(self.recipe, folder)]
-        return (folder / f"{self.recipe.method}.pt").exists() and all(
-            path.exists() and reuse.is_up_to_date(one.probe, [path], one.sample, table_path.parent, one.name)
-            for one, path, table_path in looks
-        )
+        try:
+            return (folder / f"{self.recipe.method}.pt").exists() and all(
+                path.exists()
+                and _is_readable(table_path)
+                and reuse.is_up_to_date(one.probe, [path], one.sample, table_path.parent, one.name)
+                for one, path, table_path in looks
+            )
+        except Exception:
+            return False
 
     def __call__(self, told: Progress) -> bool:
         """Train and probe, or find that it is done.
@@ -129,12 +134,22 @@ class Cell:
         for done, (one, path, table_path) in enumerate(looks):
             told(steps + PROBE_STEPS * done, total, f"{self.recipe.name}: {one.name} of {path.stem}")
             where: Any = [path], one.sample, table_path.parent, one.name
+            if not _is_readable(table_path):
+                table_path.unlink(missing_ok=True)  # else its record says that it is there
             if not reuse.is_up_to_date(one.probe, *where):
                 is_new = True
                 table, record = reuse.redrawn(one.probe, *where) or probe.measure_all(one.probe, [path], one.sample)
                 write_table(table, table_path, record)
         told(total, total, f"{self.recipe.name}: done")
         return is_new
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a table is there and not damaged."""
+    try:
+        return {"checkpoint", "method"} <= set(read_table(path))
+    except (OSError, ValueError):  # the latter of pandas too
+        return False
 
 
 def _last_stage(recipe: Recipe) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from pandas import DataFrame, Series
 
 from ssat_probe.drawing import METHOD_LABELS
 from ssat_probe.measures.statistics import paired_difference, t_interval, verdict
+from ssat_probe.point import at, named, points_over, shown
 from ssat_probe.registry import known
 from ssat_probe.table import write_atomically
 
@@ -17,6 +18,9 @@ RULE = (
     "supported: the 95 % t interval of the paired difference over seeds lies wholly on the claimed side of 0; "
     "contradicted: wholly on the other side; inconclusive: otherwise."
 )
+
+ROLES = ("primary", "secondary")
+"Of claims: those that decide, and those that stand beside them."
 
 RESULTS = ("measure", "unit", "mean", "low", "high", "num_seeds")
 "Columns of a comparison behind the method and the axes of a sweep."
@@ -91,9 +95,18 @@ def measure_from(name: str, values: Mapping[str, Any]) -> Measure:
 
     Returns:
         The measure; an unknown key is a ValueError.
+
+    Raises:
+        ValueError: If a key is missing or its value is no text.
     """
     for key in values:
-        known(key, [field.name for field in fields(Measure)], f"the keys of measure {name!r}")
+        known(str(key), [field.name for field in fields(Measure)[1:]], f"the keys of measure {name!r}")
+    for key in ("probe", "column", *values):
+        if not isinstance(values.get(key), str):
+            raise ValueError(
+                f"The {key} of measure {name!r} must be text, got {values.get(key)!r}; write one such as "
+                "{probe: accuracy, column: accuracy, where: seed > 0, unit: s}."
+            )
     return Measure(name=name, **values)
 
 
@@ -108,23 +121,35 @@ def claim_from(values: Mapping[str, Any], measures: Mapping[str, Measure]) -> Cl
         The claim; an unknown key or measure is a ValueError.
 
     Raises:
-        ValueError: If the sign is neither 1 nor -1, or ``at`` is not one point of a sweep or two.
+        ValueError: If it says nothing, the sign is neither 1 nor -1, the methods are not two, or ``at`` is neither one
+            point of a sweep nor two.
     """
     for key in values:
-        known(key, [field.name for field in fields(Claim)], "the keys of a claim")
-    known(values.get("measure", ""), measures, "measures")
-    if values.get("sign") not in (1, -1):
-        raise ValueError(f"The sign of claim {values.get('claim')!r} must be 1 or -1, got {values.get('sign')!r}.")
-    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if isinstance(options.get("at"), dict):
-        options["at"] = (options["at"],) * 2
-    claim = Claim(**options)
-    if len(claim.at) != 2 or not all(isinstance(point, Mapping) for point in claim.at):
+        known(str(key), [field.name for field in fields(Claim)], "the keys of a claim")
+    if not isinstance(values.get("claim"), str):
         raise ValueError(
-            f"Where claim {claim.claim!r} is made must be one point or two, got {values['at']!r}; write at: "
-            "{lambda_weight: 0.1}, or one for each method."
+            f"A claim must say in text what is claimed, got {dict(values)!r}; write claim: SSAT is better."
         )
-    return claim
+    known(str(values.get("measure", "")), measures, "measures")
+    known(str(values.get("role", Claim.role)), ROLES, f"the roles of a claim, which {values['claim']!r} is")
+    if type(values.get("sign")) is not int or values["sign"] not in (1, -1):
+        raise ValueError(f"The sign of claim {values['claim']!r} must be 1 or -1, got {values.get('sign')!r}.")
+    pair = values.get("methods", list(Claim.methods))
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(method, str) for method in pair):
+        raise ValueError(
+            f"The methods of claim {values['claim']!r} must be two, the one with the higher measure at sign 1 first, "
+            f"got {pair!r}; write methods: [ssat, ssl_ft]."
+        )
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if "at" in options:
+        points = (options["at"],) * 2 if isinstance(options["at"], dict) else options["at"]
+        if not isinstance(points, tuple) or [type(point) for point in points] != [dict, dict]:
+            raise ValueError(
+                f"Where claim {values['claim']!r} is made must be one point or two, got {values['at']!r}; write "
+                "at: {lambda_weight: 0.1}, or one for each method."
+            )
+        options["at"] = tuple({axis: named(value) for axis, value in point.items()} for point in points)
+    return Claim(**options)
 
 
 def compare(
@@ -234,61 +259,6 @@ def axes_of(compared: DataFrame) -> list[str]:
     return [str(name) for name in compared if name not in ("method", *RESULTS)]
 
 
-def points_over(compared: DataFrame, axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Points of a sweep.
-
-    Args:
-        compared: From ``compare``.
-        axes: Some of its axes.
-
-    Returns:
-        Value on each of these axes, in the order of the table; one empty point where there is none.
-    """
-    if not axes:
-        return [{}]
-    whole = compared[list(axes)].dropna().drop_duplicates()
-    return [dict(zip(axes, row, strict=True)) for row in whole.itertuples(index=False)] or [{}]
-
-
-def at(rows: DataFrame, point: Mapping[str, Any]) -> DataFrame:
-    """Rows of a point of a sweep, with those that do not depend on it.
-
-    Args:
-        rows: With a column per axis.
-        point: Value on each axis that is asked for.
-
-    Returns:
-        Those whose values are the same or none.
-    """
-    for axis, value in point.items():
-        rows = rows[rows[axis].isna() | (rows[axis] == value)]
-    return rows
-
-
-def shown(value: Any) -> str:
-    """A value of an axis as text.
-
-    Args:
-        value: A number, perhaps one that a table made a float, or a name.
-
-    Returns:
-        Without needless digits.
-    """
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def titled(point: Mapping[str, Any]) -> str:
-    """A point of a sweep as the title of a panel.
-
-    Args:
-        point: Value on each axis.
-
-    Returns:
-        Names and values; empty without any.
-    """
-    return ", ".join(f"{axis.replace('_', ' ')} {shown(value)}" for axis, value in point.items())
-
-
 def with_unit(measure: str, unit: Any) -> str:
     """A measure as people read it.
 
@@ -337,11 +307,21 @@ def _check_unique(name: str, values: DataFrame, axes: Sequence[str]) -> None:
         )
 
 
+def _by_seed(claim: Claim, values: DataFrame, method: str, point: Mapping[str, Any]) -> dict[Any, float]:
+    """What one side of a claim is about."""
+    found = at(values[values["method"] == method], point).set_index("seed")[claim.measure].dropna()
+    if found.index.has_duplicates:
+        raise ValueError(
+            f"Claim {claim.claim!r} must be about one training of {method} per seed, got {len(found)} of "
+            f"{found.index.nunique()} seeds; say where on the axes with at:."
+        )
+    return found.to_dict()
+
+
 def _judged(claim: Claim, values: DataFrame) -> dict[str, Any]:
     """Effect of a claim, paired by seed, and its verdict."""
     first, second = (
-        at(values[values["method"] == method], point).set_index("seed")[claim.measure].dropna().to_dict()
-        for method, point in zip(claim.methods, claim.at, strict=True)
+        _by_seed(claim, values, method, point) for method, point in zip(claim.methods, claim.at, strict=True)
     )
     seeds = first.keys() & second.keys()
     nan = float("nan")

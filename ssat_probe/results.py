@@ -86,6 +86,9 @@ def stages_of(folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         A record per stage, in order; none, with a warning, where the training's ``cost.json`` is gone.
+
+    Raises:
+        ValueError: If the file is damaged.
     """
     path = folder / "cost.json"
     if not path.exists():
@@ -93,7 +96,22 @@ def stages_of(folder: Path) -> list[dict[str, Any]]:
             f"{path} is not there, so that the cost of this training is not known and left blank.", stacklevel=2
         )
         return []
-    return list(json.loads(path.read_text(encoding="utf-8")).values())
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    stages: list[Any] = list(content.values()) if isinstance(content, dict) else [None]
+    if not all(isinstance(stage, dict) and _are_numbers([stage.get(of) for of in COSTS.values()]) for stage in stages):
+        raise ValueError(
+            f"{path} must say in numbers what each stage of a training cost, got a damaged file; delete it, and this "
+            "cost is left blank."
+        )
+    return stages
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Or none, where a training did not say."""
+    return all(value is None or type(value) in (int, float) for value in values)
 
 
 def costs(folders: dict[Path, Planned], axes: Sequence[str] = ()) -> DataFrame:

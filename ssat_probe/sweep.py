@@ -13,9 +13,13 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.comparison import at, axes_of, points_over, shown, titled, with_unit
+from ssat_probe.comparison import axes_of, with_unit
 from ssat_probe.effect import without_effect
+from ssat_probe.point import at, named, points_over, shown, titled
 from ssat_probe.recipe import Recipe
+
+GAPS = ("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "None", "NULL", "null")
+"Text that pandas reads back from a table as missing."
 
 Point = dict[str, Any]
 "Where a training stands: its value, or the name of its alternative, on each axis that changes it."
@@ -69,7 +73,7 @@ def planned(
     Raises:
         ValueError: If two alternatives differ in nothing but signs.
     """
-    axes = {str(name): _alternatives(str(name), values, source) for name, values in vary.items()}
+    axes = {str(name): alternatives(str(name), values, source) for name, values in vary.items()}
     cells: dict[str, Planned] = {}
     for model, choice, seed, method in itertools.product(
         models, [dict(zip(axes, one, strict=True)) for one in itertools.product(*axes.values())], seeds, methods
@@ -88,6 +92,39 @@ def planned(
     return list(cells.values())
 
 
+def alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
+    """What each value of an axis sets.
+
+    Args:
+        axis: Its name.
+        values: What the file says there: values of the field of this name, or alternatives.
+        source: Where it was written; goes into messages.
+
+    Returns:
+        Fields, by the value's name in tables.
+
+    Raises:
+        ValueError: If it is neither, says a value twice, or has one that a table would lose.
+    """
+    if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
+        pairs = [(named(value), {axis: value}) for value in values]
+    elif isinstance(values, dict) and values and all(map(_are_fields, values.values())):
+        pairs = [(named(name), fields) for name, fields in values.items()]
+    else:
+        raise ValueError(
+            f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
+            f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
+        )
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"The axis {axis!r} of {source} must have each value once, got {values!r}; leave one out.")
+    if gaps := [name for name, _ in pairs if name in GAPS]:
+        raise ValueError(
+            f"The axis {axis!r} of {source} must have values that a table can tell from a gap, got {gaps[0]!r}; call "
+            "it none or by another name."
+        )
+    return dict(pairs)
+
+
 def word(value: Any) -> str:
     """A value as part of a folder's name.
 
@@ -100,16 +137,9 @@ def word(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
-def _alternatives(axis: str, values: Any, source: str) -> dict[Any, dict[str, Any]]:
-    """What each value of an axis sets."""
-    if isinstance(values, list) and values and all(not isinstance(value, dict) for value in values):
-        return {"x".join(map(str, v)) if isinstance(v, list) else v: {axis: v} for v in values}
-    if isinstance(values, dict) and values and all(isinstance(fields, dict) and fields for fields in values.values()):
-        return values
-    raise ValueError(
-        f"The axis {axis!r} of {source} must be a list of values, or alternatives that each set fields, got "
-        f"{values!r}; write lambda_weight: [0.1, 0.5], or length: {{short: {{epochs: 10}}, long: {{epochs: 99}}}}."
-    )
+def _are_fields(values: Any) -> bool:
+    """Whether an alternative sets something."""
+    return isinstance(values, dict) and bool(values) and all(isinstance(name, str) for name in values)
 
 
 def _shrunk(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +154,8 @@ def _acts(base: Mapping[str, Any], alternatives: Iterable[Mapping[str, Any]], so
 
 
 def _effective(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Recipe:
-    """Recipe with the changes, without those that have no effect on it."""
-    idle = without_effect(Recipe.from_dict({**base, **changes}, source))
+    """Recipe with the changes, without those that have no effect on it, be their value the default or not."""
+    idle = without_effect(Recipe.from_dict({**base, **changes}, source), changes)
     return Recipe.from_dict({**base, **{name: value for name, value in changes.items() if name not in idle}}, source)
 
 

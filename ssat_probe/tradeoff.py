@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ssat_probe import drawing
-from ssat_probe.comparison import at, axes_of, points_over, shown, titled, with_unit
+from ssat_probe.comparison import axes_of, with_unit
+from ssat_probe.point import at, points_over, shown, titled
 from ssat_probe.registry import known
 from ssat_probe.sweep import places_on
 

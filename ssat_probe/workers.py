@@ -37,9 +37,7 @@ def side_by_side(pieces: Sequence[Work], names: Sequence[str], jobs: int, thread
     Returns:
         Whether any of them did anything.
     """
-    cores = os.cpu_count() or 1
-    threads = threads or max(1, cores // max(1, jobs or 1))
-    jobs = min(jobs or max(1, cores // threads), len(pieces))
+    jobs, threads = shares(jobs, threads, len(pieces))
     together = _Together(len(pieces), progress)
     if jobs == 1:
         with _threads(threads):
@@ -48,6 +46,22 @@ def side_by_side(pieces: Sequence[Work], names: Sequence[str], jobs: int, thread
         outcomes = _in_processes(pieces, jobs, threads, together)
     refuse_failed({name: why for name, why in zip(names, outcomes, strict=True) if isinstance(why, str)}, len(pieces))
     return any(outcomes)
+
+
+def shares(jobs: int, threads: int, num_pieces: int) -> tuple[int, int]:
+    """How the cores are shared.
+
+    Args:
+        jobs: Processes; 0 means as many as the cores allow.
+        threads: Of each process; 0 means that the processes share the cores.
+        num_pieces: All that there is to do.
+
+    Returns:
+        Processes, of which there are no more than pieces, and the threads of each.
+    """
+    cores = os.cpu_count() or 1
+    threads = threads or max(1, cores // max(1, jobs or 1))
+    return min(jobs or max(1, cores // threads), num_pieces), threads
 
 
 def refuse_failed(failed: Mapping[str, str], num_pieces: int, hint: str = "") -> None:

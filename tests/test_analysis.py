@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ssat_probe import analysis, report
 from ssat_probe.cli import main
 from ssat_probe.data import cifar10
 from ssat_probe.models import vit
+from ssat_probe.recipe import Recipe
 from ssat_probe.registry import PACKAGE
 
 FOLDER = PACKAGE.parent / "analyses"
@@ -60,7 +62,33 @@ def test_every_analysis_parses_and_its_header_says_what_it_takes(path: Path) -> 
         assert f" {word} " in header
 
 
-def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_analysis_plans_the_trainings_that_its_results_are_of(path: Path) -> None:
+    folder = PACKAGE.parent / "figures" / path.stem
+    if not folder.is_dir():
+        pytest.skip("never run to its end")
+    chosen = analysis.read(path)
+    recorded = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["recipes"]
+    assert [Recipe.from_dict(one) for one in recorded] == list(chosen.recipes)
+    accuracy = pd.read_csv(folder / "accuracy.csv")["checkpoint"]
+    assert list(dict.fromkeys(accuracy)) == [cell.name for cell in chosen.cells]
+
+
+def test_a_change_of_what_a_file_varies_is_refused() -> None:
+    path = FOLDER / "lambda_sweep.yaml"
+    assert len(analysis.read(path, changes={"warmup_epochs": 2}).cells) == 42
+    for changes in ({"epochs": 5}, {"subset": 60}, {"lambda_weight": 0.3}, {"seed": 9}, {"method": "ssat"}):
+        (field,) = changes
+        with pytest.raises(
+            ValueError, match=rf"field {field} of the recipe, in .*lambda_sweep\.yaml or with --set, must"
+        ):
+            analysis.read(path, changes=changes)
+
+
+def test_estimate_is_that_of_what_is_done_in_multiply_adds(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     chosen = analysis.read(tiny)
     budgets = [budget for _, budget in analysis.plan(chosen)]
     told = analysis.estimate(chosen, budgets, tmp_path)
@@ -79,6 +107,18 @@ def test_estimate_is_that_of_what_is_done_in_multiply_adds(tiny: Path, tmp_path:
     assert "; 2 are done, the others take about 10.0 min at their speed, 2 side" in analysis.estimate(
         chosen, budgets, tmp_path, jobs=2
     )
+    for threads, jobs in ((1, 2), (4, 2), (8, 1), (0, 1)):  # of 8 cores, and 2 are left to be trained
+        told = analysis.estimate(dataclasses.replace(chosen, threads=threads), budgets, tmp_path)
+        assert f"take about {20 / jobs:.1f} min at their speed, {jobs} side by side;" in told
+    (folder / "cost.json").write_text('{"a": {"train_s": 500}}')  # which does not say all: the other one counts alone
+    (tmp_path / chosen.cells[0].name / "cost.json").write_text('{"a": {"train_s": 1200, "evaluation_s": 0}}')
+    minutes = 1200 / 60 * total / 2 / budgets[0].training_multiply_adds / 2
+    assert f"the others take about {minutes:.1f} min at" in analysis.estimate(chosen, budgets, tmp_path, jobs=2)
+    (folder / "cost.json").write_text('{"a":')
+    with pytest.raises(
+        ValueError, match=r"cost\.json must say in numbers what each stage of a training cost, got a dam"
+    ):
+        analysis.estimate(chosen, budgets, tmp_path)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -281,6 +321,44 @@ def test_a_cell_that_fails_is_named_the_others_are_done_and_the_same_command_doe
     assert pd.read_csv(out / "accuracy.csv")["checkpoint"].tolist() == names
 
 
+def test_date_and_seconds_stay_until_something_is_trained_or_measured_anew(tmp_path: Path) -> None:
+    path, runs, out = tmp_path / "small.yaml", tmp_path / "runs", tmp_path / "out"
+    record_path = out / "analysis.json"
+
+    def run(text: str) -> dict[str, object]:
+        path.write_text(text, encoding="utf-8")
+        analysis.run(analysis.read(path), out, runs, device="cpu", jobs=1)
+        return dict(json.loads(record_path.read_text(encoding="utf-8")))
+
+    run(SMALL)
+    first = json.loads(record_path.read_text(encoding="utf-8")) | {"date": "then", "seconds": 99.5, "cores": 3}
+    record_path.write_text(json.dumps(first), encoding="utf-8")
+    assert run(SMALL) == first
+    assert run(f"# A comment\n{SMALL}") == first | {"source": f"# A comment\n{SMALL}"}
+    before = record_path.read_bytes()
+    checkpoint = runs / analysis.read(path).cells[0].name / "scratch.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ChildProcessError, match="got 1 that failed"):
+        run(SMALL)
+    assert record_path.read_bytes() == before
+    checkpoint.write_bytes(whole)
+    record_path.write_text('{"name":', encoding="utf-8")  # no reason to lose the work
+    assert isinstance(run(SMALL)["seconds"], float)
+    record_path.write_text(json.dumps(first), encoding="utf-8")
+    assert run(SMALL.replace("num_images: 30", "num_images: 20"))["date"] != "then"
+
+
+def test_a_run_whose_results_cannot_be_compared_is_not_finished(tmp_path: Path) -> None:
+    path, runs, out = tmp_path / "small.yaml", tmp_path / "runs", tmp_path / "out"
+    text = SMALL.replace("column: accuracy}", "column: accuracy, where: seed > 9}")
+    for one in (SMALL, text):
+        path.write_text(one, encoding="utf-8")
+        with pytest.raises(ValueError, match="got none for") if one == text else nullcontext():
+            analysis.run(analysis.read(path), out, runs, device="cpu", jobs=1)
+    assert json.loads((out / "analysis.json").read_text(encoding="utf-8"))["seconds"] is None
+
+
 def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -327,6 +405,38 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
         (("title: Tiny", "title: [Tiny"), r"tiny.yaml must be YAML, got while parsing"),
         (("threads: 1", "threads: two"), r"threads of .*tiny.yaml must be a whole number, 0 for .*, got 'two'; choose"),
         (("threads: 1", "jobs: -1"), r"jobs of .*tiny.yaml must be a whole number, 0 for .*, got -1; choose another"),
+        (
+            ("probe: cost,", "probe: cots,"),
+            r"No 'cots' in the probes that measure 'training time' may be of: .* 'cost'\?",
+        ),
+        (("column: seconds", "column: second"), r"No 'second' in the columns of cost that measure .* mean 'seconds'\?"),
+        (("column: value", "column: quantities"), r"No 'quantities' in the columns of hessian that measure 'λmax' may"),
+        (("column: value", "column: method"), r"No 'method' in the columns of hessian that measure 'λmax' may be of"),
+        (
+            ("sign: 1", "sign: 1, methods: [ssat, scratch]"),
+            r"No 'scratch' in the methods of this analysis, about which",
+        ),
+        (("sign: 1", "sign: 1, methods: [ssat, untrained]"), r"No 'untrained' in the methods of this analysis, about"),
+        (
+            ("[ssl_ft, ssat]", "[ssat]"),
+            r"No 'ssl_ft' in the methods of this analysis, about which claim 'SSAT is sharp",
+        ),
+        (
+            ("hessian: {", "hessian: {models: vit_pico, "),
+            r"models of hessian must be a list of names and its probe a name",
+        ),
+        (
+            ("hessian: {", "hessian: {probe: 3, "),
+            r"must be a list of names and its probe a name, got \[\] and 3; write",
+        ),
+        (
+            ("epochs: 2", "epochs: 2, seed: 5"),
+            r"The field seed of the recipe, in .*tiny.yaml or with --set, must have an",
+        ),
+        (
+            ("  accuracy: {", "  cost: {probe: accuracy, "),
+            r"not as a file of its own .*, got 'cost'; rename it, and say",
+        ),
         ((TINY, "- 1"), r"tiny.yaml must hold keys and values, got list"),
     ],
 )

@@ -38,6 +38,30 @@ def test_snapshots_are_looked_at_each_with_a_table_of_its_own_and_what_is_there_
     assert [before == after for before, after in zip(written, now, strict=True)] == [True, False, True]
 
 
+def test_a_damaged_cell_is_not_done_and_says_itself_what_is_wrong(tmp_path: Path) -> None:
+    cell = Cell(RECIPE, tmp_path, (END,), None, "cpu")
+    cell(lambda *news: None)
+    assert cell.is_done
+    checkpoint = tmp_path / RECIPE.name / "ssl_ft.pt"
+    checkpoint.write_bytes(b"PK\x03\x04 and no more")
+    assert not cell.is_done
+    with pytest.raises(ValueError, match=r"ssl_ft\.pt must be "):
+        cell(lambda *news: None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"check"])
+def test_a_damaged_table_is_measured_again(tmp_path: Path, content: bytes) -> None:
+    cell = Cell(RECIPE, tmp_path, (END,), None, "cpu")
+    cell(lambda *news: None)
+    table = tmp_path / RECIPE.name / "end.csv"
+    whole = table.read_bytes()
+    table.write_bytes(content)
+    assert not cell.is_done
+    assert cell(lambda *news: None)
+    assert table.read_bytes() == whole
+    assert cell.is_done
+
+
 def test_a_training_that_kept_no_snapshots_is_not_looked_at_along_the_way(tmp_path: Path) -> None:
     Cell(RECIPE, tmp_path, (END,), None, "cpu")(lambda *news: None)
     with pytest.raises(ValueError, match=r"snapshots/pretrain-00000\.pt must be there for --snapshots, got a finished"):

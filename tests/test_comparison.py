@@ -96,6 +96,17 @@ def test_claims_pair_only_the_seeds_that_both_methods_have(table: DataFrame, cos
     assert verdicts.iloc[0]["num_seeds"] == 2
 
 
+def test_a_claim_about_two_trainings_of_one_seed_is_refused(table: DataFrame, costs: DataFrame) -> None:
+    twice = [
+        pd.concat([one.assign(x=x, checkpoint=one["checkpoint"] + str(x)) for x in (1, 2)]) for one in (table, costs)
+    ]
+    measures = {"score": Measure("score", "p", "score")}
+    with pytest.raises(
+        ValueError, match=r"Claim 'c' must be about one training of ssat per seed, got 6 of 3 seeds; say"
+    ):
+        comparison.compare(measures, [Claim("c", "score", 1)], {"p": twice[0]}, twice[1], ("x",))
+
+
 def test_measure_that_a_method_does_not_have_is_left_open(table: DataFrame, costs: DataFrame) -> None:
     table.loc[table["method"] == "scratch", "score"] = float("nan")
     compared, _ = comparison.compare({"score": Measure("score", "p", "score")}, [], {"p": table}, costs)
@@ -152,3 +163,48 @@ def test_measure_over_two_models_at_once_is_refused(table: DataFrame, costs: Dat
     one = Measure("score", "p", "score", where="model == 'large'")
     compared, _ = comparison.compare({"score": one}, [], {"p": both}, cells)
     assert compared.set_index("method")["mean"]["scratch"] == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"claim": None},
+            "A claim must say in text what is claimed, got {'claim': None, .*; write claim: SSAT is better",
+        ),
+        ({"measure": 3}, r"No '3' in measures: score\."),
+        ({"sign": True}, "The sign of claim 'c' must be 1 or -1, got True"),
+        ({"role": "primry"}, "No 'primry' in the roles of a claim, .*: primary, secondary. Did you mean 'primary'"),
+        (
+            {"methods": ["ssat"]},
+            r"The methods of claim 'c' must be two, .*, got \['ssat'\]; write methods: \[ssat, ssl",
+        ),
+        ({"methods": "ssat"}, "The methods of claim 'c' must be two, .*, got 'ssat'"),
+        ({"at": "subset"}, "Where claim 'c' is made must be one point or two, got 'subset'; write at:"),
+    ],
+)
+def test_a_claim_is_checked_before_anything_is_trained(change: dict[str, object], sentence: str) -> None:
+    values = {"claim": "c", "measure": "score", "sign": 1} | change
+    with pytest.raises(ValueError, match=sentence):
+        comparison.claim_from(values, {"score": Measure("score", "p", "score")})
+
+
+def test_a_claim_at_no_value_is_made_at_the_point_of_that_name() -> None:
+    values = {"claim": "c", "measure": "score", "sign": 1, "at": [{"subset": None}, {"patch_size": [2, 4]}]}
+    claim = comparison.claim_from(values, {"score": Measure("score", "p", "score")})
+    assert claim.at == ({"subset": "none"}, {"patch_size": "2x4"})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"probe": "p"}, "The column of measure 'm' must be text, got None; write one such as {probe: accuracy, "),
+        ({"column": "score"}, "The probe of measure 'm' must be text, got None"),
+        ({"probe": "p", "column": "score", "where": 3}, "The where of measure 'm' must be text, got 3"),
+        ({"probe": "p", "column": "score", "name": "n"}, "No 'name' in the keys of measure 'm'"),
+        ({"probe": "p", "column": "score", 3: 4}, "No '3' in the keys of measure 'm'"),
+    ],
+)
+def test_a_measure_says_its_probe_and_column_in_text(values: dict[object, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        comparison.measure_from("m", values)

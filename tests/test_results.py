@@ -48,3 +48,12 @@ def test_a_training_whose_cost_is_gone_leaves_a_blank_row_and_a_note(tmp_path: P
     numbers = table[[*COSTS, "peak_memory_bytes"]]
     assert numbers.loc[0].isna().all()
     assert numbers.loc[1].tolist() == [*stage.values()]
+
+
+@pytest.mark.parametrize("text", ['{"train":', "[1]", '{"train": 3}', '{"train": {"train_s": "long"}}', "\xff"])
+def test_a_damaged_cost_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cost.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"cost\.json must say in numbers what each stage .*; delete it, and this cost is"
+    ):
+        costs({tmp_path: Planned(Recipe(), {})})

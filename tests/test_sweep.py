@@ -33,6 +33,16 @@ def test_a_method_on_which_an_axis_has_no_effect_is_trained_once() -> None:
     assert made[2].name == "lambda_weight=0.02,subset=100/vit_nano-digits-ssat-seed0"
 
 
+@pytest.mark.parametrize("base", [0.1, 0.3, 0.5])
+def test_what_all_share_does_not_say_how_often_a_method_is_trained(base: float) -> None:
+    vary = {"weight": {"a": {"lambda_weight": 0.1}, "b": {"lambda_weight": 0.5}, "c": {"mask_ratio": 0.6}}}
+    made = cells(vary, lambda_weight=base)
+    assert [cell.folder for cell in made if cell.recipe.method == "scratch"] == ["", ""]
+    assert {cell.folder for cell in made if cell.recipe.method == "ssat"} == {"weight=a", "weight=b", "weight=c"}
+    weights = {cell.folder: cell.recipe.lambda_weight for cell in made if cell.recipe.method == "ssat"}
+    assert weights == {"weight=a": 0.1, "weight=b": 0.5, "weight=c": base}
+
+
 def test_without_axes_every_training_has_the_name_of_its_run() -> None:
     assert [cell.name for cell in cells({})] == [cell.recipe.name for cell in cells({})]
     assert len(cells({})) == 6
@@ -80,7 +90,15 @@ def test_to_try_a_sweep_out_its_trainings_are_shrunk() -> None:
             {"length": {"a": 3}},
             r"The axis 'length' of file.yaml must be a list .* got {'a': 3}; write lambda_weight: \[",
         ),
+        (
+            {"length": {"a": {3: 4}}},
+            r"The axis 'length' of file.yaml must be a list .* got {'a': {3: 4}}; write lambda_w",
+        ),
         ({"lambda_weight": [0.1, 1.5]}, r"lambda_weight must be between 0 and 1, got 1.5"),
+        (
+            {"subset": [9, None, 9]},
+            r"axis 'subset' of file.yaml must have each value once, got \[9, None, 9\]; leave one",
+        ),
         ({"n": {"a!": {"epochs": 2}, "a?": {"epochs": 3}}}, r"differ in their letters, got two whose folder is 'n=a'"),
     ],
 )
@@ -219,6 +237,38 @@ def test_a_sweep_runs_from_its_file_and_what_is_there_is_reused(tiny: Path, tmp_
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == written
 
 
+def test_nothing_on_an_axis_is_a_point_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "null.yaml"
+    path.write_text(
+        """
+recipe: {model: vit_pico, data: digits, epochs: 1, batch_size: 20, augmentation: none}
+methods: [ssat]
+seeds: [0, 1]
+vary: {subset: [20, 40, null]}
+probes: {accuracy: {num_images: 30}}
+measures:
+  images: {probe: cost, column: images}
+  epochs: {probe: accuracy, column: epoch}
+claims:
+  - {claim: 40 sees more than 20, measure: images, sign: 1, methods: [ssat, ssat], at: [{subset: 40}, {subset: 20}]}
+  - {claim: all sees more, measure: images, sign: 1, methods: [ssat, ssat], at: [{subset: null}, {subset: 40}]}
+threads: 1
+""",
+        encoding="utf-8",
+    )
+    chosen = analysis.read(path)
+    assert {(cell.folder, cell.recipe.subset) for cell in chosen.cells} == {
+        ("subset=20", 20), ("subset=40", 40), ("subset=none", None)
+    }  # fmt: skip
+    readable, verdicts = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
+    of_all = 58 * 20  # whole batches
+    assert verdicts["effect"].tolist() == [20, of_all - 40]
+    assert readable["subset"].tolist() == ["20", "40", "none"] * 2
+    compared = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert compared.query("measure == 'images'")["mean"].tolist() == [20, 40, of_all]
+    assert compared["num_seeds"].tolist() == [2] * 6
+
+
 def test_smoke_form_keeps_the_points_and_a_changed_recipe_has_a_name_of_its_own(tiny: Path) -> None:
     chosen = analysis.read(tiny, is_smoke=True, changes={"model": "vit_nano", "base_lr": 0.01})
     assert chosen.name == "tiny-model=vit_nano-base_lr=0.01-smoke"
@@ -252,6 +302,7 @@ def test_seeds_at_one_point_of_an_axis_of_any_name_make_one_line(axis: str) -> N
         (("at: [{lambda_weight: 0.5}, {lambda_weight: 0.1}]", "role: secondary"),
          r"must be about one training of ssat per seed, got 4 of 2 seeds; say where on lambda_weight with at:"),
         (("{lambda_weight: 0.5},", "{lambda_weight: 0.6},"), r"No '0.6' in the values of lambda_weight, where claim"),
+        (("{lambda_weight: 0.5},", "{lambda_weight: '0.5'},"), r"""No "'0.5'" in the values of lambda_weight, """),
         (("{lambda_weight: 0.5},", "{lambda: 0.5},"), r"No 'lambda' in the axes of the sweep, where claim 'more cl"),
         (("at: [{lambda_weight: 0.5}, {lambda_weight: 0.1}]", "at: [3]"), r"must be one point or two, got \[3\];"),
         (("lambda_weight: [0.1, 0.5]", "seed: [0, 1]"), r"not be named as a column of a table, got 'seed', which acc"),

@@ -24,6 +24,24 @@ def test_all_pieces_are_done_and_one_that_did_something_is_told_of(jobs: int, la
     assert side_by_side([operator.not_, operator.not_, last], "abc", jobs, 1, silent) is is_new
 
 
+@pytest.mark.parametrize(
+    ("jobs", "threads", "num", "expected"),
+    [
+        (0, 0, 9, (1, 8)),
+        (0, 1, 9, (8, 1)),
+        (0, 3, 9, (2, 3)),
+        (2, 0, 9, (2, 4)),
+        (5, 2, 3, (3, 2)),
+        (0, 16, 9, (1, 16)),
+    ],
+)
+def test_cores_are_shared(
+    monkeypatch: pytest.MonkeyPatch, jobs: int, threads: int, num: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    assert workers.shares(jobs, threads, num) == expected
+
+
 PIECES = """
 import os, signal, time
 
