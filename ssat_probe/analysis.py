@@ -15,6 +15,7 @@ from pandas import DataFrame
 
 from ssat_probe import comparison, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
+from ssat_probe.carbon import Supply
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
 from ssat_probe.data import refuse_idle_options
@@ -208,6 +209,7 @@ def run(
     jobs: int = 0,
     cluster: str = "",
     cluster_options: Mapping[str, Any] | None = None,
+    supply: Supply = Supply(),
     progress: Progress = lambda done, total, text: None,
 ) -> tuple[DataFrame, DataFrame]:
     """Train the cells, probe each, and write tables, figures and the comparison; what is complete is reused.
@@ -221,6 +223,7 @@ def run(
         jobs: Cells side by side; 0 means what the analysis says.
         cluster: Where cells run: empty for processes of this command, else what ``cluster.as_jobs`` knows.
         cluster_options: Of submitit's executor.
+        supply: Where the electricity comes from, if ``cost.csv`` is to say what the trainings emit.
         progress: Told of steps over all cells.
 
     Returns:
@@ -244,6 +247,7 @@ def run(
             tuple(measurement for measurement in measurements if measurement.applies_to(one.recipe)),
             data_dir,
             device,
+            supply,
         )
         for one in analysis.cells
     ]

@@ -98,6 +98,7 @@ def train(
 def reproduce(
     analysis: Path | None = None,
     *,
+    supply: Annotated[Supply, Flat] = Supply(),
     out: Path | None = None,
     checkpoints: Path | None = None,
     data_dir: Path | None = None,
@@ -114,6 +115,7 @@ def reproduce(
 
     Args:
         analysis: A YAML file such as those in analyses/; by default the one of the three mechanisms.
+        supply: Where the electricity comes from, so that cost.json and cost.csv say what the trainings emit.
         out: Folder for tables, figures and the report; by default figures/<analysis>.
         checkpoints: Folder for the trained models; by default checkpoints/<analysis>.
         data_dir: Where the data set lies on disk; the embedded ones need none.
@@ -144,7 +146,7 @@ def reproduce(
         comparison, claims = analyses.run(
             chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
-            cluster_options=options.changes(cluster_options, "--cluster-options"), progress=progress,
+            cluster_options=options.changes(cluster_options, "--cluster-options"), supply=supply, progress=progress,
         )  # fmt: skip
     page = write_report(out)
     terminal.print_table(comparison)

@@ -218,7 +218,7 @@ def test_other_probe_options_are_measured_anew(tiny: Path, tmp_path: Path) -> No
 
 def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, tmp_path: Path) -> None:
     tiny.write_text(SMALL, encoding="utf-8")
-    command = [sys.executable, "-m", "ssat_probe", "reproduce", str(tiny), "--device", "cpu"]
+    command = [sys.executable, "-m", "ssat_probe", "reproduce", str(tiny), "--device", "cpu", "--intensity", "56"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -240,6 +240,8 @@ def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, t
         assert process.returncode == 0, errors.decode()
     tables = [pd.read_csv(tmp_path / name / "out" / "comparison.csv") for name in ("killed", "whole")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for name in ("killed", "whole"):  # trained in worker processes, and in that of the command
+        assert (pd.read_csv(tmp_path / name / "out" / "cost.csv")["co2e_g"] > 0).all()
     assert (tmp_path / "whole" / "out" / "report.html").is_file()
 
 

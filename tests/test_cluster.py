@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from ssat_probe import analysis, cluster
+from ssat_probe.carbon import Supply
 from ssat_probe.cluster import Submitted, as_jobs
 
 PARAMETERS = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "slurm_partition"}
@@ -218,8 +220,11 @@ def test_an_analysis_sends_only_what_is_not_done(tmp_path: Path, submitit: type[
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")
     chosen, out, runs = analysis.read(path), tmp_path / "out", tmp_path / "runs"
-    first, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm")
+    first, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm", supply=Supply(intensity=3.6e6))
     assert submitit.made[-1].batches == [3]
+    spent = pd.read_csv(out / "cost.csv")
+    assert (spent["carbon_energy_j"] > 0).all()
+    pd.testing.assert_series_equal(spent["carbon_energy_j"], spent["co2e_g"], check_names=False)  # 1 g per joule
     (runs / "mask_ratio=0.5" / chosen.cells[1].recipe.name / "accuracy.csv").unlink()
     second, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm")
     assert submitit.made[-1].batches == [1]
@@ -227,6 +232,7 @@ def test_an_analysis_sends_only_what_is_not_done(tmp_path: Path, submitit: type[
     assert len(submitit.made) == 2
     assert first.equals(second)
     here, _ = analysis.run(chosen, out, tmp_path / "here", device="cpu", jobs=1)
+    assert pd.read_csv(out / "cost.csv")[["carbon_energy_j", "co2e_g"]].isna().all(axis=None)
     assert first.equals(here)
 
 
