@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -86,6 +87,8 @@ class Executor:
         for name in parameters:
             if name not in PARAMETERS and not name.startswith("slurm_array"):
                 raise NameError(f"Unknown argument {name!r}")
+        if not isinstance(parameters.get("timeout_min", 1), int):
+            raise AssertionError("Parameter \"timeout_min\" expected type <class 'int'>")
         self.parameters |= parameters
 
     @contextlib.contextmanager
@@ -193,6 +196,39 @@ def test_an_unknown_option_is_named(tmp_path: Path, submitit: type[Executor]) ->
         jobs_of(tmp_path, "a", options={"partition": "gpu"})
 
 
+def test_an_option_of_another_type_is_named(tmp_path: Path, submitit: type[Executor]) -> None:
+    sentence = r"must be those of submitit's executor, got {'timeout_min': 'soon'}: Parameter \"timeout_min\" expected"
+    with pytest.raises(ValueError, match=sentence):
+        jobs_of(tmp_path, "a", options={"timeout_min": "soon"})
+
+
+def test_without_slurm_a_sentence_says_so(
+    tmp_path: Path, submitit: type[Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undetected(self: Executor, folder: str, cluster: str) -> None:
+        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+
+    monkeypatch.setattr(submitit, "__init__", undetected)
+    with pytest.raises(ValueError, match='cluster slurm must be there, got from submitit: Could not detect "srun"'):
+        jobs_of(tmp_path, "a")
+
+
+def test_jobs_that_slurm_refuses_are_a_sentence(
+    tmp_path: Path, submitit: type[Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Executor, function: Any) -> Job:
+        raise UncompletedJobError(
+            "sbatch: error: invalid partition specified: gpu\nsbatch: error: Invalid partition name"
+        )
+
+    monkeypatch.setattr(submitit, "submit", refused)
+    sentence = (
+        "cluster slurm must take the jobs, got from it: sbatch: error: Invalid partition name; change --cluster-o"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        jobs_of(tmp_path, "a")
+
+
 def test_without_submitit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"cluster slurm needs submitit, .* pip install 'ssat-probe\[slurm\]'"):
@@ -240,3 +276,8 @@ def test_submitit_itself_runs_them_in_its_processes(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     assert jobs_of(tmp_path, "a", "b", kind="local", options={"timeout_min": 5})
     assert {"a", "b"} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"got {'timeout_min': 'soon'}: Parameter \"timeout_min\" expected type"):
+        jobs_of(tmp_path, "a", kind="local", options={"timeout_min": "soon"})
+    if shutil.which("srun") is None:
+        with pytest.raises(ValueError, match="cluster slurm must be there, got from submitit: Could not detect"):
+            jobs_of(tmp_path, "a", kind="slurm")
