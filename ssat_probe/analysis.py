@@ -228,13 +228,8 @@ def run(
 
     Returns:
         The comparison of the methods and the verdicts on the claims.
-
-    Raises:
-        ValueError: If there are options for a cluster and none is asked for.
     """
-    jobs = _count("--jobs", jobs, "the command line")
-    if cluster_options and not cluster:
-        raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
+    check_jobs(jobs, cluster, cluster_options or {})
     started = time.monotonic()
     path = out / "analysis.json"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -258,7 +253,7 @@ def run(
             list(waiting),
             checkpoints / "jobs",
             cluster,
-            jobs=jobs,
+            jobs=jobs or (analysis.jobs if cluster == "local" else 0),  # it is about the cores of one machine
             threads=analysis.threads,
             options=cluster_options or {},
             progress=progress,
@@ -282,6 +277,22 @@ def run(
         record = kept  # nothing was trained or measured: date and seconds stay those of the run that did
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     return comparison.readable(compared), verdicts
+
+
+def check_jobs(jobs: int, cluster: str, cluster_options: Mapping[str, Any]) -> None:
+    """Refuse what no run can be told of how its cells are to be done.
+
+    Args:
+        jobs: Cells side by side.
+        cluster: Where cells run.
+        cluster_options: Of submitit's executor.
+
+    Raises:
+        ValueError: If the number is none, or if there are options for a cluster and none is asked for.
+    """
+    _count("--jobs", jobs, "the command line")
+    if cluster_options and not cluster:
+        raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
 
 
 def _count(name: str, value: Any, source: str) -> int:

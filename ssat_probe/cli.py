@@ -121,7 +121,8 @@ def reproduce(
         data_dir: Where the data set lies on disk; the embedded ones need none.
         download: Fetch the data set if it is not there.
         device: cpu, or empty for the fastest there is.
-        jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says.
+        jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says, and with
+            --cluster slurm as many as Slurm allows.
         cluster: slurm sends every model to Slurm as a job, through submitit; local does the same with submitit's
             processes on this machine, to try it out; empty trains here without it.
         cluster_options: Of submitit's executor, such as timeout_min=600 slurm_partition=gpu gpus_per_node=1.
@@ -133,10 +134,12 @@ def reproduce(
     from ssat_probe import analysis as analyses
     from ssat_probe.report import write_report
 
+    of_cluster = options.changes(cluster_options, "--cluster-options")
+    analyses.check_jobs(jobs, cluster, of_cluster)
     chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke, changes=options.changes(set_))
     cells = analyses.plan(chosen, data_dir, download)
-    for recipe, budget in cells:
-        terminal.print_budget(recipe, budget)
+    for cell, (recipe, budget) in zip(chosen.cells, cells, strict=True):
+        terminal.print_budget(recipe, budget, cell.name)
     checkpoints = checkpoints or Path("checkpoints") / chosen.name
     terminal.say(analyses.estimate(chosen, [budget for _, budget in cells], checkpoints, jobs))
     if plan:
@@ -146,7 +149,7 @@ def reproduce(
         comparison, claims = analyses.run(
             chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
-            cluster_options=options.changes(cluster_options, "--cluster-options"), supply=supply, progress=progress,
+            cluster_options=of_cluster, supply=supply, progress=progress,
         )  # fmt: skip
     page = write_report(out)
     terminal.print_table(comparison)

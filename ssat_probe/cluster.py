@@ -52,7 +52,7 @@ def as_jobs(
         pieces: What to do; they must find their files on every machine.
         names: Of the pieces, for messages.
         folder: For the logs of the jobs, on a disk that all machines share.
-        cluster: ``slurm``, or ``local`` for submitit's processes on this machine, one after another.
+        cluster: ``slurm``, or ``local`` for submitit's processes on this machine.
         jobs: Most jobs at once; 0 means as many as Slurm allows, and 1 on this machine.
         threads: Of each job; 0 means what torch finds.
         options: Of submitit's executor, such as ``timeout_min``, ``gpus_per_node`` or ``slurm_partition``.

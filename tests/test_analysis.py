@@ -358,6 +358,11 @@ def test_an_option_of_the_command_line_without_effect_is_refused(
         main(["reproduce", str(tiny), "--out", str(out), "--checkpoints", str(runs), *options])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(sentence)
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(tiny), "--plan", *options])
+    printed = capsys.readouterr()
+    assert printed.err.startswith(sentence)
+    assert not printed.out
     assert not out.exists()
     assert not runs.exists()
 

@@ -478,6 +478,21 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert (done.stdout, done.stderr) == ("models:\n", "")
 
 
+def test_the_plan_of_a_sweep_says_which_point_costs_what(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "{recipe: {model: vit_pico, subset: 40}, methods: [scratch, ssat], seeds: [0], vary: {mask_ratio: [0.5, 0.75]},"
+        " probes: {accuracy: {}}}",
+        encoding="utf-8",
+    )
+    named = [line.split(":")[0] for line in run("reproduce", path, "--plan").splitlines() if "parameters" in line]
+    assert named == [
+        "vit_pico-digits-scratch-seed0",
+        "mask_ratio=0.5/vit_pico-digits-ssat-seed0",
+        "mask_ratio=0.75/vit_pico-digits-ssat-seed0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [

@@ -252,6 +252,20 @@ measures: {accuracy: {probe: accuracy, column: accuracy}}
 """
 
 
+@pytest.mark.parametrize(
+    ("kind", "jobs", "batches"), [("local", 0, [2, 1]), ("local", 1, [1, 1, 1]), ("slurm", 0, [3])]
+)
+def test_the_jobs_of_the_file_are_those_of_one_machine(
+    tmp_path: Path, submitit: type[Executor], kind: str, jobs: int, batches: list[int]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY + "jobs: 2\n", encoding="utf-8")
+    with pytest.raises(ChildProcessError, match="All 3 trainings must be done, got 3 that failed"):  # at once
+        analysis.run(analysis.read(path), tmp_path, tmp_path, device="none", jobs=jobs, cluster=kind)
+    assert submitit.made[-1].batches == batches
+    assert "slurm_array_parallelism" not in submitit.made[-1].parameters
+
+
 def test_an_analysis_sends_only_what_is_not_done(tmp_path: Path, submitit: type[Executor]) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")
