@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Analysis:
     "Of its sweep, if it is one."
     tradeoffs: tuple[tuple[str, str], ...] = ()
     "Pairs of measures to be drawn over each other, the upright one first."
+    command: str = ""
+    "That makes it again."
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -142,6 +145,7 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         threads=_count("threads", content.get("threads", 0), str(path)),
         axes=axes,
         tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
+        command=_command(path, is_smoke, changes),
     )
 
 
@@ -295,6 +299,14 @@ def check_jobs(jobs: int, cluster: str, cluster_options: Mapping[str, Any]) -> N
         raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
 
 
+def _command(path: Path, is_smoke: bool, changes: Mapping[str, Any]) -> str:
+    """Of the command line, that does what ``read`` was asked for."""
+    words = [] if path == default_path() else [str(path)]
+    words += ["--smoke"] * is_smoke + ["--set"] * bool(changes)
+    words += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
+    return shlex.join(["ssat-probe", "reproduce", *words])
+
+
 def _count(name: str, value: Any, source: str) -> int:
     """A number of processes or threads."""
     if type(value) is not int or value < 0:
@@ -371,6 +383,7 @@ def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:
     return {
         "name": analysis.name,
         "title": analysis.title,
+        "command": analysis.command,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": None if seconds is None else round(seconds, 1),
         "cores": os.cpu_count(),

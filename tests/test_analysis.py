@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -365,6 +366,33 @@ def test_an_option_of_the_command_line_without_effect_is_refused(
     assert not printed.out
     assert not out.exists()
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ([], "ssat-probe reproduce"),
+        (["{}"], "ssat-probe reproduce {}"),
+        (["{}", "--set", "lr_rule=none", "patch_size=[4, 2]", "base_lr=1e-7", "norm_pix=true", "--smoke"],
+         "ssat-probe reproduce {} --smoke --set lr_rule=none 'patch_size=[4, 2]' base_lr=1e-07 norm_pix=true"),
+    ],
+)  # fmt: skip
+def test_an_analysis_knows_the_command_that_makes_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], command: str
+) -> None:
+    made: list[analysis.Analysis] = []
+
+    def enough(chosen: analysis.Analysis, *others: object) -> None:
+        made.append(chosen)
+        raise ValueError("which is all that is looked at here")
+
+    monkeypatch.setattr(analysis, "plan", enough)
+    with pytest.raises(SystemExit):
+        main(["reproduce", *(word.format(tiny) for word in words), "--plan"])
+    assert made[0].command == command.format(tiny)
+    with pytest.raises(SystemExit):
+        main([*shlex.split(made[0].command)[1:], "--plan"])
+    assert made[1] == made[0]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
