@@ -26,7 +26,7 @@ from ssat_probe.results import costs, gathered, stages_of
 from ssat_probe.run import snapshot_epochs
 from ssat_probe.sample import Sample
 from ssat_probe.sweep import Planned, planned
-from ssat_probe.table import write_atomically
+from ssat_probe.table import check_writable, write_atomically
 from ssat_probe.workers import Progress, side_by_side
 
 KEYS = (
@@ -234,6 +234,8 @@ def run(
         The comparison of the methods and the verdicts on the claims.
     """
     check_jobs(jobs, cluster, cluster_options or {})
+    if not all((checkpoints / one.name / f"{one.recipe.method}.pt").exists() for one in analysis.cells):
+        check_writable(checkpoints, "--checkpoints")
     started = time.monotonic()
     path = out / "analysis.json"
     before = path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -395,6 +395,17 @@ def test_an_analysis_knows_the_command_that_makes_it(
     assert made[1] == made[0]
 
 
+def test_checkpoints_that_cannot_be_written_are_refused_before_anything_is(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(tiny), "--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "file" / "runs")])
+    sentence = f"{tmp_path}/file/runs must be a folder that can be written, got 'Not a directory'; choose another with "
+    assert capsys.readouterr().err == f"{sentence}--checkpoints.\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing.yaml must be an analysis file \(YAML\), got no such file"):
         analysis.read(tmp_path / "nothing.yaml")
