@@ -152,3 +152,10 @@ def test_measure_over_two_models_at_once_is_refused(table: DataFrame, costs: Dat
     one = Measure("score", "p", "score", where="model == 'large'")
     compared, _ = comparison.compare({"score": one}, [], {"p": both}, cells)
     assert compared.set_index("method")["mean"]["scratch"] == pytest.approx(1.6)
+
+
+def test_without_claims_a_sentence_stands_in_place_of_a_table(
+    table: DataFrame, costs: DataFrame, tmp_path: Path
+) -> None:
+    comparison.write(*comparison.compare({"s": Measure("s", "p", "score")}, [], {"p": table}, costs), tmp_path)
+    assert (tmp_path / "claims.md").read_text() == "This analysis makes no claims.\n"
