@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pandas import DataFrame
 
 from ssat_probe import comparison, consistency, document, drawing, probe, sweep, tradeoff, training
 from ssat_probe.budget import Budget
+from ssat_probe.carbon import Supply
 from ssat_probe.cell import Cell, Measurement
 from ssat_probe.cluster import as_jobs
 from ssat_probe.data import refuse_idle_options
@@ -55,6 +57,8 @@ class Analysis:
     "Of its sweep, if it is one."
     tradeoffs: tuple[tuple[str, str], ...] = ()
     "Pairs of measures to be drawn over each other, the upright one first."
+    command: str = ""
+    "That makes it again."
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -123,6 +127,7 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
         threads=content.get("threads", 0),
         axes=axes,
         tradeoffs=tuple(tradeoff.pair_from(one, measures) for one in content.get("tradeoffs", [])),
+        command=_command(path, is_smoke, changes),
     )
 
 
@@ -192,6 +197,7 @@ def run(
     jobs: int = 0,
     cluster: str = "",
     cluster_options: Mapping[str, Any] | None = None,
+    supply: Supply = Supply(),
     progress: Progress = lambda done, total, text: None,
 ) -> tuple[DataFrame, DataFrame]:
     """Train the cells, probe each, and write tables, figures and the comparison; what is complete is reused.
@@ -205,21 +211,15 @@ def run(
         jobs: Cells side by side; 0 means what the analysis says.
         cluster: Where cells run: empty for processes of this command, else what ``cluster.as_jobs`` knows.
         cluster_options: Of submitit's executor.
+        supply: Where the electricity comes from, if ``cost.csv`` is to say what the trainings emit.
         progress: Told of steps over all cells.
 
     Returns:
         The comparison of the methods and the verdicts on the claims.
-
-    Raises:
-        ValueError: If there are fewer jobs than none, or options for a cluster and none is asked for.
     """
-    if jobs < 0:
-        raise ValueError(
-            "--jobs of the command line must be a whole number, 0 for what the cores allow, "
-            f"got {jobs}; choose another."
-        )
-    if cluster_options and not cluster:
-        raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
+    check_jobs(jobs, cluster, cluster_options or {})
+    if not all((checkpoints / one.name / f"{one.recipe.method}.pt").exists() for one in analysis.cells):
+        check_writable(checkpoints, "--checkpoints")
     started = time.monotonic()
     path = out / "analysis.json"
     before = _finished(path)
@@ -234,6 +234,7 @@ def run(
             tuple(measurement for measurement in measurements if measurement.applies_to(one.recipe)),
             data_dir,
             device,
+            supply,
         )
         for one in analysis.cells
     ]
@@ -244,7 +245,7 @@ def run(
             list(waiting),
             checkpoints / "jobs",
             cluster,
-            jobs=jobs,
+            jobs=jobs or (analysis.jobs if cluster == "local" else 0),  # it is about the cores of one machine
             threads=analysis.threads,
             options=cluster_options or {},
             progress=progress,
@@ -269,6 +270,34 @@ def run(
     kept = {key: before[key] for key in ("date", "seconds", "cores") if before}
     _write_record(path, _record(analysis, time.monotonic() - started) | kept)
     return comparison.readable(compared), verdicts
+
+
+def check_jobs(jobs: int, cluster: str, cluster_options: Mapping[str, Any]) -> None:
+    """Refuse what no run can be told of how its cells are to be done.
+
+    Args:
+        jobs: Cells side by side.
+        cluster: Where cells run.
+        cluster_options: Of submitit's executor.
+
+    Raises:
+        ValueError: If there are fewer jobs than none, or options for a cluster and none is asked for.
+    """
+    if jobs < 0:
+        raise ValueError(
+            "--jobs of the command line must be a whole number, 0 for what the cores allow, "
+            f"got {jobs}; choose another."
+        )
+    if cluster_options and not cluster:
+        raise ValueError("--cluster-options must come with --cluster, got them alone; add --cluster slurm.")
+
+
+def _command(path: Path, is_smoke: bool, changes: Mapping[str, Any]) -> str:
+    """Of the command line, that does what ``read`` was asked for."""
+    words = [] if path == default_path() else [str(path)]
+    words += ["--smoke"] * is_smoke + ["--set"] * bool(changes)
+    words += [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
+    return shlex.join(["ssat-probe", "reproduce", *words])
 
 
 def _measurement(name: str, values: dict[str, Any], recipes: list[Recipe], is_smoke: bool) -> Measurement:
@@ -335,6 +364,7 @@ def _record(analysis: Analysis, seconds: float | None) -> dict[str, Any]:
     return {
         "name": analysis.name,
         "title": analysis.title,
+        "command": analysis.command,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": None if seconds is None else round(seconds, 1),
         "cores": os.cpu_count(),

@@ -1,10 +1,11 @@
 """Cell of an analysis: one training and the probes of its checkpoint, or of snapshots along it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssat_probe import probe, reuse, training
+from ssat_probe.carbon import Supply
 from ssat_probe.probe import Probe
 from ssat_probe.recipe import Recipe
 from ssat_probe.run import snapshot_epochs, snapshot_path
@@ -88,6 +89,8 @@ class Cell:
     "Those that apply."
     data_dir: Path | None
     device: str | None
+    supply: Supply = field(default_factory=Supply)
+    "Of the training; what is trained already stays as it is."
 
     @property
     def is_done(self) -> bool:
@@ -128,6 +131,7 @@ class Cell:
             data_dir=self.data_dir,
             device=self.device,
             snapshots=any(one.snapshots for one in self.measurements),
+            supply=self.supply,
             progress=training_told,
         )
         total = steps + PROBE_STEPS * len(looks)

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
 
-from ssat_probe import registry, terminal
+from ssat_probe import options, registry, terminal
 from ssat_probe.carbon import Supply
 from ssat_probe.execution import Execution
 from ssat_probe.recipe import Recipe
@@ -98,6 +98,7 @@ def train(
 def reproduce(
     analysis: Path | None = None,
     *,
+    supply: Annotated[Supply, Flat] = Supply(),
     out: Path | None = None,
     checkpoints: Path | None = None,
     data_dir: Path | None = None,
@@ -114,12 +115,14 @@ def reproduce(
 
     Args:
         analysis: A YAML file such as those in analyses/; by default the one of the three mechanisms.
+        supply: Where the electricity comes from, so that cost.json and cost.csv say what the trainings emit.
         out: Folder for tables, figures and the report; by default figures/<analysis>.
         checkpoints: Folder for the trained models; by default checkpoints/<analysis>.
         data_dir: Where the data set lies on disk; the embedded ones need none.
         download: Fetch the data set if it is not there.
         device: cpu, or empty for the fastest there is.
-        jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says.
+        jobs: Models trained side by side, each in a process of its own; 0 means what the analysis says, and with
+            --cluster slurm as many as Slurm allows.
         cluster: slurm sends every model to Slurm as a job, through submitit; local does the same with submitit's
             processes on this machine, to try it out; empty trains here without it.
         cluster_options: Of submitit's executor, such as timeout_min=600 slurm_partition=gpu gpus_per_node=1.
@@ -131,10 +134,12 @@ def reproduce(
     from ssat_probe import analysis as analyses
     from ssat_probe.report import write_report
 
-    chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke, changes=_changes(set_))
+    of_cluster = options.changes(cluster_options, "--cluster-options")
+    analyses.check_jobs(jobs, cluster, of_cluster)
+    chosen = analyses.read(analysis or analyses.default_path(), is_smoke=smoke, changes=options.changes(set_))
     cells = analyses.plan(chosen, data_dir, download)
-    for recipe, budget in cells:
-        terminal.print_budget(recipe, budget)
+    for cell, (recipe, budget) in zip(chosen.cells, cells, strict=True):
+        terminal.print_budget(recipe, budget, cell.name)
     checkpoints = checkpoints or Path("checkpoints") / chosen.name
     terminal.say(analyses.estimate(chosen, [budget for _, budget in cells], checkpoints, jobs))
     if plan:
@@ -144,7 +149,7 @@ def reproduce(
         comparison, claims = analyses.run(
             chosen, out, checkpoints,
             data_dir=data_dir, device=device or None, jobs=jobs, cluster=cluster,
-            cluster_options=_changes(cluster_options, "--cluster-options"), progress=progress,
+            cluster_options=of_cluster, supply=supply, progress=progress,
         )  # fmt: skip
     page = write_report(out)
     terminal.print_table(comparison)
@@ -328,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        app.config = _config(words)
+        app.config = options.config(words)
         WORDS.set(tuple(words))
         app(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
@@ -351,49 +356,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         terminal.fail("Interrupted; the same command goes on from here.", status=130)
-
-
-def _config(words: list[str]) -> tuple[Any, ...]:
-    """Options from the YAML file after ``--config``, which is taken out of the words."""
-    words[:] = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in words:
-        return ()
-    place = words.index("--config")
-    path = Path(words[place + 1]) if place + 1 < len(words) else Path()
-    if not path.is_file():
-        raise FileNotFoundError(f"--config must be followed by a YAML file, got {str(path)!r}; check the path.")
-    content = _yaml(path)
-    del words[place : place + 2]
-    # Below the command's name, because cyclopts passes over a key that is also a command, as `data` is.
-    return (cyclopts.config.Dict({words[0]: content}, source=str(path)),) if words else ()
-
-
-def _yaml(path: Path) -> Any:
-    """Content of a file; the sentence names the file and the line where cyclopts would name neither."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} must be YAML (key: value), got something else{line}; correct it there.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options (key: value), got a {type(content).__name__}; write one a line.")
-    return content
-
-
-def _changes(words: Sequence[str], option: str = "--set") -> dict[str, Any]:
-    """Fields and values of ``data=cifar10``; a value is read as in a YAML file, but that 1e-3 is a number there too."""
-    import yaml
-
-    changes: dict[str, Any] = {}
-    for word in words:
-        name, sign, value = word.partition("=")
-        if not sign:
-            raise ValueError(f"{option} must be followed by field=value, got {word!r}; write {word}=3.")
-        try:
-            changes[name.replace("-", "_")] = float(value) if "e-" in value else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{option} {name} must be followed by a value, got {value!r}; write {name}=3.") from error
-    return changes

@@ -52,7 +52,7 @@ def as_jobs(
         pieces: What to do; they must find their files on every machine.
         names: Of the pieces, for messages.
         folder: For the logs of the jobs, on a disk that all machines share.
-        cluster: ``slurm``, or ``local`` for submitit's processes on this machine, one after another.
+        cluster: ``slurm``, or ``local`` for submitit's processes on this machine.
         jobs: Most jobs at once; 0 means as many as Slurm allows, and 1 on this machine.
         threads: Of each job; 0 means what torch finds.
         options: Of submitit's executor, such as ``timeout_min``, ``gpus_per_node`` or ``slurm_partition``.
@@ -62,7 +62,7 @@ def as_jobs(
         Whether any of them did anything.
 
     Raises:
-        ValueError: If submitit is not installed, or does not know an option.
+        ValueError: If submitit is not installed, or Slurm does not take the jobs.
     """
     if not pieces:
         return False
@@ -73,16 +73,10 @@ def as_jobs(
             f"cluster {cluster} needs submitit, got an environment without {error.name or 'it'}; pip install "
             "'ssat-probe[slurm]'."
         ) from error
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
     wanted = {"name": "ssat-probe"} | ({"cpus_per_task": threads} if threads else {})
     if jobs and cluster == "slurm":
         wanted["slurm_array_parallelism"] = jobs
-    try:
-        executor.update_parameters(**wanted, **options)
-    except (NameError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"cluster_options must be those of submitit's executor, got {dict(options)!r}: {error}"
-        ) from error
+    executor = _executor(folder, cluster, wanted, options)
     at_once = len(pieces) if cluster == "slurm" else jobs or 1
     results: list[bool] = []
     failed: dict[str, str] = {}
@@ -91,8 +85,14 @@ def as_jobs(
         killed: list[int] = []
         for begin in range(0, len(left), at_once):
             numbers = left[begin : begin + at_once]
-            with executor.batch():
-                group = [executor.submit(Submitted(pieces[number], threads)) for number in numbers]
+            try:
+                with executor.batch():
+                    group = [executor.submit(Submitted(pieces[number], threads)) for number in numbers]
+            except RuntimeError as error:
+                raise ValueError(
+                    f"cluster {cluster} must take the jobs, got from it: {_sentence_of(error)}; change "
+                    "--cluster-options."
+                ) from error
             _wait(group, len(pieces) - len(left) + begin, len(pieces), progress)
             for number, job in zip(numbers, group, strict=True):
                 reason = job.exception()
@@ -105,6 +105,26 @@ def as_jobs(
         left = killed
     refuse_failed(failed, len(pieces), f"See the logs in {folder}. ")
     return any(results)
+
+
+def _executor(folder: Path, cluster: str, wanted: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Of submitit, with ours and the user's options."""
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+    except RuntimeError as error:  # srun is not there
+        raise ValueError(
+            f"cluster {cluster} must be there, got from submitit: {str(error).rstrip('?.')}; run this where jobs are "
+            "sent from, or leave --cluster out."
+        ) from error
+    try:
+        executor.update_parameters(**wanted, **options)
+    except (AssertionError, NameError, TypeError, ValueError) as error:  # it asserts the types
+        raise ValueError(
+            f"cluster_options must be those of submitit's executor, got {dict(options)!r}: {error}"
+        ) from error
+    return executor
 
 
 def _sentence_of(reason: Exception) -> str:

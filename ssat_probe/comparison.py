@@ -219,7 +219,8 @@ def write(compared: DataFrame, verdicts: DataFrame, out: Path) -> None:
     write_atomically(out / "comparison.md", markdown(wide))
     write_atomically(out / "comparison.tex", _latex(wide))
     write_atomically(out / "claims.csv", verdicts.to_csv(index=False))
-    write_atomically(out / "claims.md", markdown(rounded(verdicts)) + f"\n{RULE}\n")
+    judged = markdown(rounded(verdicts)) + f"\n{RULE}\n" if len(verdicts) else "This analysis makes no claims.\n"
+    write_atomically(out / "claims.md", judged)
 
 
 def readable(compared: DataFrame) -> DataFrame:

@@ -1,5 +1,6 @@
 """Execution: how a training is carried out, which is no matter for what it computes but for rounding."""
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
@@ -168,8 +169,7 @@ def keeping_memory() -> Iterator[None]:
         Nothing; afterwards free memory is given back, and the limits are those that glibc adjusts itself to at most.
     """
     try:
-        library = ctypes.CDLL(None)
-        set_option, trim = library.mallopt, library.malloc_trim
+        set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         yield
         return
@@ -181,7 +181,13 @@ def keeping_memory() -> Iterator[None]:
         set_option(_MMAP_MAX, 65536)
         set_option(_MMAP_THRESHOLD, 32 * 2**20)
         set_option(_TRIM_THRESHOLD, 64 * 2**20)
-        trim(0)
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Give the system what is freed but still with the process; without glibc nothing is kept that could be given."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _has_batch_norm(module: "nn.Module") -> bool:

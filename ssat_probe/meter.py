@@ -1,5 +1,7 @@
 """Meter: what a piece of work took from the machine, as far as the machine says it."""
 
+import contextlib
+import re
 import resource
 import sys
 import time
@@ -9,6 +11,9 @@ import torch
 
 POWERCAP = Path("/sys/class/powercap")
 "Where Linux shows the energy counters of processors (RAPL); reading them may need rights that a container lacks."
+
+PROCESS = Path("/proc/self")
+"Where Linux shows what this process holds, and lets its peak be forgotten."
 
 
 class Meter:
@@ -60,18 +65,37 @@ class Meter:
             return []
 
 
-def peak_memory_bytes(device: torch.device | str) -> int:
-    """Most memory that was ever held: tensors on a graphics card, else the whole process as the system counts it.
+def forget_peak_memory(device: torch.device | str, process: Path = PROCESS) -> None:
+    """Let the peak begin anew from what is held now, where the system allows it: Linux and graphics cards do.
 
     Args:
         device: Where the work is done.
+        process: Folder of this process.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # elsewhere there is no such file, and a container may forbid it
+        (process / "clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device | str, process: Path = PROCESS) -> int:
+    """Most memory that was held: tensors on a graphics card, else the whole process as the system counts it.
+
+    Args:
+        device: Where the work is done.
+        process: Folder of this process.
 
     Returns:
-        Bytes, since this process began.
+        Bytes, since the peak was forgotten last; since this process began where it cannot be.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", (process / "status").read_text()):
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

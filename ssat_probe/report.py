@@ -84,9 +84,8 @@ def _head(folder: Path, analysis: dict[str, Any], records: dict[str, Any]) -> st
     seconds = analysis["seconds"]
     took = "not finished yet" if seconds is None else f"{seconds / 60:.1f} minutes on {analysis['cores']} cores"
     facts = [f"made {analysis['date']}", f"last run took {took}", *facts]
-    command = "ssat-probe reproduce" + (
-        "" if analysis["name"] == "mechanisms" else f" analyses/{analysis['name']}.yaml"
-    )
+    of_file = "" if analysis["name"] == "mechanisms" else f" analyses/{analysis['name']}.yaml"
+    command = analysis.get("command", f"ssat-probe reproduce{of_file}")  # earlier records leave it out
     return (
         f"<h1>{title}</h1><p class='quiet'>{html.escape(', '.join(facts))}</p>"
         f"<p>Every number and figure below comes from models trained by this command, which makes them again: "

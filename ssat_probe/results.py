@@ -22,6 +22,8 @@ COSTS = {
     "energy_j": "energy_j",
     "data_wait_s": "data_wait_s",
     "evaluation_s": "evaluation_s",
+    "carbon_energy_j": "carbon_energy_j",
+    "co2e_g": "co2e_g",
 }
 "Columns of cost.csv that are summed over the stages of a training, and what cost.json calls them."
 

@@ -341,7 +341,7 @@ def refuse_without_snapshots(recipe: Recipe, folder: Path, *, by_step: bool = Fa
         if by_step and not (path := step_path(folder, stage, 0)).is_file():
             raise ValueError(
                 f"{path} must be there for --snapshot-steps, got a finished run that did not keep it; choose another "
-                "folder with --out, or remove the run that is there."
+                "folder with --out (reproduce: --checkpoints), or remove the run that is there."
             )
         if by_step:
             continue
@@ -350,7 +350,7 @@ def refuse_without_snapshots(recipe: Recipe, folder: Path, *, by_step: bool = Fa
             if not path.is_file():
                 raise ValueError(
                     f"{path} must be there for --snapshots, got a finished run that did not keep it; "
-                    "choose another folder with --out, or remove the run that is there."
+                    "choose another folder with --out (reproduce: --checkpoints), or remove the run that is there."
                 )
 
 
@@ -380,5 +380,6 @@ def refuse_other(there: Recipe, asked: Recipe, path: Path) -> None:
         if there.as_dict()[name] != value:
             raise ValueError(
                 f"{path} must be of the recipe that is asked for, got one with {name} {there.as_dict()[name]!r} "
-                f"instead of {value!r}; choose another folder with --out, or remove the run that is there."
+                f"instead of {value!r}; choose another folder with --out (reproduce: --checkpoints), or remove the run "
+                "that is there."
             )

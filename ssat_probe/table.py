@@ -161,13 +161,14 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--out") -> None:
     """Make a folder and make sure that files can be written there, before the work whose result they will hold.
 
     Args:
         folder: A ValueError if it cannot be written.
+        option: That chose it; goes into the message.
     """
-    handle, temporary = _temporary(folder / "test")
+    handle, temporary = _temporary(folder / "test", option)
     os.close(handle)
     Path(temporary).unlink()
 
@@ -193,14 +194,14 @@ def results_in(folder: Path) -> Iterator[None]:
         raise
 
 
-def _temporary(path: Path) -> tuple[int, str]:
+def _temporary(path: Path, option: str = "--out") -> tuple[int, str]:
     """An open file beside ``path``, and its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise ValueError(
-            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another with --out."
+            f"{path.parent} must be a folder that can be written, got {error.strerror!r}; choose another with {option}."
         ) from error
 
 

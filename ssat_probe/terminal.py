@@ -122,17 +122,17 @@ def _lines() -> Callable[[int, int, str], None]:
     return update
 
 
-def print_budget(recipe: "Recipe", budget: "Budget") -> None:
+def print_budget(recipe: "Recipe", budget: "Budget", name: str = "") -> None:
     """What a run costs, in a few lines.
 
     Args:
         recipe: Of the run.
         budget: Of it.
+        name: Of the run, where it is not the recipe's: those of a sweep differ in their points.
     """
     decoder = f" + {budget.decoder_parameters:,} in the decoder" if budget.decoder_parameters else ""
-    say(
-        f"{recipe.name}: {budget.encoder_parameters:,} parameters{decoder}, peak learning rate {recipe.learning_rate:g}"
-    )
+    rate = f"peak learning rate {recipe.learning_rate:g}"
+    say(f"{name or recipe.name}: {budget.encoder_parameters:,} parameters{decoder}, {rate}")
     for stage in budget.stages:
         say(
             f"  {stage.name}: {stage.epochs} epochs, {stage.steps:,} steps, {stage.images:,} images, "

@@ -22,12 +22,12 @@ from ssat_probe.checkpoint import Checkpoint, load_checkpoint
 from ssat_probe.data import open_dataset
 from ssat_probe.epoch import evaluate as evaluate
 from ssat_probe.epoch import finish_epoch, has_lost_patience, over_processes
-from ssat_probe.execution import Execution, keeping_memory, prepare
+from ssat_probe.execution import Execution, give_back_memory, keeping_memory, prepare
 from ssat_probe.images import Dataset, Facts, Images, split
 from ssat_probe.initial import begin_from
 from ssat_probe.kernel import Attention
 from ssat_probe.loading import LoadedBatch, batches, epoch_order
-from ssat_probe.meter import Meter
+from ssat_probe.meter import Meter, forget_peak_memory
 from ssat_probe.network import build_encoder, resolve
 from ssat_probe.optimisation import build_optimiser
 from ssat_probe.pictures import check_pictures, write_pictures
@@ -156,6 +156,8 @@ def train(
         objective, optimiser = _stage(run, stage, saved)
         average = _average(run, saved) if state.stage == len(stages) - 1 else None
         saved = None
+        give_back_memory()  # what an earlier stage took and freed is no part of this one's peak
+        forget_peak_memory(run.accelerator.device)
         if snapshots and state.epoch == state.step == 0:
             write_snapshot(run, stage, 0)
         if snapshot_steps and state.epoch == state.step == 0:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,7 +259,7 @@ def test_other_probe_options_are_measured_anew(tiny: Path, tmp_path: Path) -> No
 
 def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, tmp_path: Path) -> None:
     tiny.write_text(SMALL, encoding="utf-8")
-    command = [sys.executable, "-m", "ssat_probe", "reproduce", str(tiny), "--device", "cpu"]
+    command = [sys.executable, "-m", "ssat_probe", "reproduce", str(tiny), "--device", "cpu", "--intensity", "56"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -280,6 +281,8 @@ def test_killed_and_resumed_run_gives_the_uninterrupted_comparison(tiny: Path, t
         assert process.returncode == 0, errors.decode()
     tables = [pd.read_csv(tmp_path / name / "out" / "comparison.csv") for name in ("killed", "whole")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+    for name in ("killed", "whole"):  # trained in worker processes, and in that of the command
+        assert (pd.read_csv(tmp_path / name / "out" / "cost.csv")["co2e_g"] > 0).all()
     assert (tmp_path / "whole" / "out" / "report.html").is_file()
 
 
@@ -466,8 +469,51 @@ def test_an_option_of_the_command_line_without_effect_is_refused(
         main(["reproduce", str(tiny), "--out", str(out), "--checkpoints", str(runs), *options])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(sentence)
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(tiny), "--plan", *options])
+    printed = capsys.readouterr()
+    assert printed.err.startswith(sentence)
+    assert not printed.out
     assert not out.exists()
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ([], "ssat-probe reproduce"),
+        (["{}"], "ssat-probe reproduce {}"),
+        (["{}", "--set", "lr_rule=none", "patch_size=[4, 2]", "base_lr=1e-7", "norm_pix=true", "--smoke"],
+         "ssat-probe reproduce {} --smoke --set lr_rule=none 'patch_size=[4, 2]' base_lr=1e-07 norm_pix=true"),
+    ],
+)  # fmt: skip
+def test_an_analysis_knows_the_command_that_makes_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], command: str
+) -> None:
+    made: list[analysis.Analysis] = []
+
+    def enough(chosen: analysis.Analysis, *others: object) -> None:
+        made.append(chosen)
+        raise ValueError("which is all that is looked at here")
+
+    monkeypatch.setattr(analysis, "plan", enough)
+    with pytest.raises(SystemExit):
+        main(["reproduce", *(word.format(tiny) for word in words), "--plan"])
+    assert made[0].command == command.format(tiny)
+    with pytest.raises(SystemExit):
+        main([*shlex.split(made[0].command)[1:], "--plan"])
+    assert made[1] == made[0]
+
+
+def test_checkpoints_that_cannot_be_written_are_refused_before_anything_is(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["reproduce", str(tiny), "--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "file" / "runs")])
+    sentence = f"{tmp_path}/file/runs must be a folder that can be written, got 'Not a directory'; choose another with "
+    assert capsys.readouterr().err == f"{sentence}--checkpoints.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

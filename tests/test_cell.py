@@ -1,11 +1,13 @@
 """Cells of an analysis: a training, and the probes of its end and of snapshots along it."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from ssat_probe import probe
+from ssat_probe.carbon import Supply
 from ssat_probe.cell import PROBE_STEPS, Cell, Measurement
 from ssat_probe.recipe import Recipe
 from ssat_probe.sample import Sample
@@ -60,6 +62,12 @@ def test_a_damaged_table_is_measured_again(tmp_path: Path, content: bytes) -> No
     assert cell(lambda *news: None)
     assert table.read_bytes() == whole
     assert cell.is_done
+
+
+def test_the_supply_reaches_the_training(tmp_path: Path) -> None:
+    Cell(RECIPE, tmp_path, (), None, "cpu", Supply(intensity=56.0))(lambda *news: None)
+    cost = json.loads((tmp_path / RECIPE.name / "cost.json").read_text())
+    assert [one["carbon_source"] for one in cost.values()] == ["56 g/kWh, as stated"] * 2
 
 
 def test_a_training_that_kept_no_snapshots_is_not_looked_at_along_the_way(tmp_path: Path) -> None:

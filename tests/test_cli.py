@@ -14,7 +14,7 @@ import torch
 
 from ssat_probe import registry
 from ssat_probe.checkpoint import load_checkpoint, save_tensors
-from ssat_probe.cli import _changes, main
+from ssat_probe.cli import main
 
 Paths = dict[str, Path]
 Run = Callable[..., str]
@@ -288,7 +288,7 @@ def test_help(run: Run, words: tuple[str, ...]) -> None:
 def test_help_is_fast_because_it_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""
 import sys
-from ssat_probe.cli import _changes, main
+from ssat_probe.cli import main
 try:
     main({words})
 except SystemExit:
@@ -478,17 +478,28 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert (done.stdout, done.stderr) == ("models:\n", "")
 
 
+def test_the_plan_of_a_sweep_says_which_point_costs_what(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "{recipe: {model: vit_pico, subset: 40}, methods: [scratch, ssat], seeds: [0], vary: {mask_ratio: [0.5, 0.75]},"
+        " probes: {accuracy: {}}}",
+        encoding="utf-8",
+    )
+    named = [line.split(":")[0] for line in run("reproduce", path, "--plan").splitlines() if "parameters" in line]
+    assert named == [
+        "vit_pico-digits-scratch-seed0",
+        "mask_ratio=0.5/vit_pico-digits-ssat-seed0",
+        "mask_ratio=0.75/vit_pico-digits-ssat-seed0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
         ("data", "--set must be followed by field=value, got 'data'"),
-        ("base_lr=x1e-3", "base_lr must be followed by a v"),
+        ("base_lr=x1e-3", "base_lr must be float or int, got 'x1e-3'"),
+        ("data=fake-data", "No 'fake-data' in data: "),
     ],
 )
-def test_a_change_of_an_analysis_is_read_as_yaml(capsys: pytest.CaptureFixture[str], word: str, sentence: str) -> None:
-    assert _changes(["data=cifar10", "patch-size=[4, 2]", "base_lr=1e-3", "subset=0.5", "norm_pix=true"]) == {
-        "data": "cifar10", "patch_size": [4, 2], "base_lr": 0.001, "subset": 0.5, "norm_pix": True
-    }  # fmt: skip
-    with pytest.raises(SystemExit):
-        main(["reproduce", "--set", word])
-    assert sentence in capsys.readouterr().err
+def test_a_change_of_an_analysis_that_cannot_be(refused: Run, word: str, sentence: str) -> None:
+    assert sentence in refused("reproduce", "--plan", "--set", word)

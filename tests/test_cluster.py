@@ -2,15 +2,18 @@
 
 import contextlib
 import pickle
+import shutil
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from ssat_probe import analysis, cluster
+from ssat_probe.carbon import Supply
 from ssat_probe.cluster import Submitted, as_jobs
 
 PARAMETERS = {"name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "slurm_partition"}
@@ -84,6 +87,8 @@ class Executor:
         for name in parameters:
             if name not in PARAMETERS and not name.startswith("slurm_array"):
                 raise NameError(f"Unknown argument {name!r}")
+        if not isinstance(parameters.get("timeout_min", 1), int):
+            raise AssertionError("Parameter \"timeout_min\" expected type <class 'int'>")
         self.parameters |= parameters
 
     @contextlib.contextmanager
@@ -191,6 +196,39 @@ def test_an_unknown_option_is_named(tmp_path: Path, submitit: type[Executor]) ->
         jobs_of(tmp_path, "a", options={"partition": "gpu"})
 
 
+def test_an_option_of_another_type_is_named(tmp_path: Path, submitit: type[Executor]) -> None:
+    sentence = r"must be those of submitit's executor, got {'timeout_min': 'soon'}: Parameter \"timeout_min\" expected"
+    with pytest.raises(ValueError, match=sentence):
+        jobs_of(tmp_path, "a", options={"timeout_min": "soon"})
+
+
+def test_without_slurm_a_sentence_says_so(
+    tmp_path: Path, submitit: type[Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undetected(self: Executor, folder: str, cluster: str) -> None:
+        raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+
+    monkeypatch.setattr(submitit, "__init__", undetected)
+    with pytest.raises(ValueError, match='cluster slurm must be there, got from submitit: Could not detect "srun"'):
+        jobs_of(tmp_path, "a")
+
+
+def test_jobs_that_slurm_refuses_are_a_sentence(
+    tmp_path: Path, submitit: type[Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Executor, function: Any) -> Job:
+        raise UncompletedJobError(
+            "sbatch: error: invalid partition specified: gpu\nsbatch: error: Invalid partition name"
+        )
+
+    monkeypatch.setattr(submitit, "submit", refused)
+    sentence = (
+        "cluster slurm must take the jobs, got from it: sbatch: error: Invalid partition name; change --cluster-o"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        jobs_of(tmp_path, "a")
+
+
 def test_without_submitit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"cluster slurm needs submitit, .* pip install 'ssat-probe\[slurm\]'"):
@@ -214,12 +252,29 @@ measures: {accuracy: {probe: accuracy, column: accuracy}}
 """
 
 
+@pytest.mark.parametrize(
+    ("kind", "jobs", "batches"), [("local", 0, [2, 1]), ("local", 1, [1, 1, 1]), ("slurm", 0, [3])]
+)
+def test_the_jobs_of_the_file_are_those_of_one_machine(
+    tmp_path: Path, submitit: type[Executor], kind: str, jobs: int, batches: list[int]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY + "jobs: 2\n", encoding="utf-8")
+    with pytest.raises(ChildProcessError, match="All 3 trainings must be done, got 3 that failed"):  # at once
+        analysis.run(analysis.read(path), tmp_path, tmp_path, device="none", jobs=jobs, cluster=kind)
+    assert submitit.made[-1].batches == batches
+    assert "slurm_array_parallelism" not in submitit.made[-1].parameters
+
+
 def test_an_analysis_sends_only_what_is_not_done(tmp_path: Path, submitit: type[Executor]) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")
     chosen, out, runs = analysis.read(path), tmp_path / "out", tmp_path / "runs"
-    first, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm")
+    first, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm", supply=Supply(intensity=3.6e6))
     assert submitit.made[-1].batches == [3]
+    spent = pd.read_csv(out / "cost.csv")
+    assert (spent["carbon_energy_j"] > 0).all()
+    pd.testing.assert_series_equal(spent["carbon_energy_j"], spent["co2e_g"], check_names=False)  # 1 g per joule
     (runs / "mask_ratio=0.5" / chosen.cells[1].recipe.name / "accuracy.csv").unlink()
     second, _ = analysis.run(chosen, out, runs, device="cpu", cluster="slurm")
     assert submitit.made[-1].batches == [1]
@@ -227,6 +282,7 @@ def test_an_analysis_sends_only_what_is_not_done(tmp_path: Path, submitit: type[
     assert len(submitit.made) == 2
     assert first.equals(second)
     here, _ = analysis.run(chosen, out, tmp_path / "here", device="cpu", jobs=1)
+    assert pd.read_csv(out / "cost.csv")[["carbon_energy_j", "co2e_g"]].isna().all(axis=None)
     assert first.equals(here)
 
 
@@ -234,3 +290,8 @@ def test_submitit_itself_runs_them_in_its_processes(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     assert jobs_of(tmp_path, "a", "b", kind="local", options={"timeout_min": 5})
     assert {"a", "b"} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"got {'timeout_min': 'soon'}: Parameter \"timeout_min\" expected type"):
+        jobs_of(tmp_path, "a", kind="local", options={"timeout_min": "soon"})
+    if shutil.which("srun") is None:
+        with pytest.raises(ValueError, match="cluster slurm must be there, got from submitit: Could not detect"):
+            jobs_of(tmp_path, "a", kind="slurm")

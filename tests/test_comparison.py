@@ -208,3 +208,10 @@ def test_a_claim_at_no_value_is_made_at_the_point_of_that_name() -> None:
 def test_a_measure_says_its_probe_and_column_in_text(values: dict[object, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         comparison.measure_from("m", values)
+
+
+def test_without_claims_a_sentence_stands_in_place_of_a_table(
+    table: DataFrame, costs: DataFrame, tmp_path: Path
+) -> None:
+    comparison.write(*comparison.compare({"s": Measure("s", "p", "score")}, [], {"p": table}, costs), tmp_path)
+    assert (tmp_path / "claims.md").read_text() == "This analysis makes no claims.\n"

@@ -1,13 +1,14 @@
 """The meter against counters that a test turns, and memory that a test takes."""
 
 import math
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssat_probe.meter import Meter, peak_memory_bytes
+from ssat_probe.meter import PROCESS, Meter, forget_peak_memory, peak_memory_bytes
 
 
 def counter(folder: Path, name: str, microjoules: int, top: int = 1_000_000) -> None:
@@ -55,3 +56,25 @@ def test_peak_memory_counts_what_was_held_and_let_go() -> None:
     assert peak_memory_bytes("cpu") >= before + 100_000_000
     del held
     assert peak_memory_bytes("cpu") >= before + 100_000_000
+
+
+@pytest.mark.skipif(not os.access(PROCESS / "clear_refs", os.W_OK), reason="the peak cannot be forgotten here")
+def test_a_peak_that_is_forgotten_leaves_what_is_held() -> None:
+    kept = torch.ones(25_000_000)
+    freed = torch.ones(50_000_000)
+    before = peak_memory_bytes("cpu")
+    del freed
+    forget_peak_memory("cpu")
+    after = peak_memory_bytes("cpu")
+    assert 4 * len(kept) < after <= before - 190_000_000
+    held = torch.ones(25_000_000)
+    del held
+    assert peak_memory_bytes("cpu") >= after + 90_000_000
+
+
+def test_where_the_system_says_nothing_the_peak_is_that_of_the_whole_process(tmp_path: Path) -> None:
+    forget_peak_memory("cpu", tmp_path / "none")
+    forget_peak_memory("cpu", tmp_path)
+    assert peak_memory_bytes("cpu", tmp_path) >= 0.95 * peak_memory_bytes("cpu")
+    (tmp_path / "status").write_text("VmPeak:\t    9 kB\nVmHWM:\t    3 kB\n")
+    assert peak_memory_bytes("cpu", tmp_path) == 3 * 1024

@@ -1,5 +1,6 @@
 """The report is one file that needs no other."""
 
+import json
 import re
 from pathlib import Path
 
@@ -25,6 +26,27 @@ def test_names_from_outside_cannot_become_markup(checkpoints: dict[str, Path], t
     folder = tmp_path / "<script>alert(1)</script>"[:8]
     probe.run(probe.make("accuracy"), [checkpoints["ssat"]], Sample(num_images=20, device="cpu"), folder)
     assert "<script" not in write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        (
+            {"command": "ssat-probe reproduce my/tiny.yaml --smoke --set x=1"},
+            "reproduce my/tiny.yaml --smoke --set x=1",
+        ),
+        ({}, "reproduce analyses/tiny.yaml"),  # as earlier versions wrote it
+    ],
+)
+def test_page_names_the_command_that_makes_it(
+    checkpoints: dict[str, Path], tmp_path: Path, record: dict[str, str], command: str
+) -> None:
+    probe.run(probe.make("accuracy"), [checkpoints["ssat"]], Sample(num_images=20, device="cpu"), tmp_path)
+    record |= {"name": "tiny", "date": "2026-01-01", "source": ""}
+    (tmp_path / "analysis.json").write_text(
+        json.dumps(record | {"seconds": None, "cores": 2, "recipes": [{"seed": 0}]})
+    )
+    assert f"<code>ssat-probe {command}</code>" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_folder_without_results_is_an_error(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_what_a_training_did_not_say_is_missing_and_not_nothing(tmp_path: Path) 
     assert table["seconds"].item() == 1
     assert pd.isna(table["energy_j"].item())
     assert pd.isna(table["images"].item())
+    assert pd.isna(table["co2e_g"].item())
 
 
 def test_a_training_whose_cost_is_gone_leaves_a_blank_row_and_a_note(tmp_path: Path) -> None:

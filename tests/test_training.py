@@ -27,7 +27,7 @@ from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, sav
 from ssat_probe.data import open_dataset
 from ssat_probe.images import split
 from ssat_probe.loading import epoch_order
-from ssat_probe.meter import POWERCAP
+from ssat_probe.meter import POWERCAP, PROCESS, peak_memory_bytes
 from ssat_probe.network import build_encoder
 from ssat_probe.recipe import Recipe
 from ssat_probe.training import evaluate, plan, train
@@ -552,6 +552,27 @@ def test_the_budget_announced_is_what_is_spent(tmp_path: Path, method: str) -> N
     assert resolved == checkpoint.recipe
     stored = {name: value for name, value in checkpoint.state.items() if not name.endswith("pos_embed")}
     assert sum(v.numel() for v in stored.values()) == budget.encoder_parameters + budget.decoder_parameters
+
+
+@pytest.mark.skipif(not os.access(PROCESS / "clear_refs", os.W_OK), reason="the peak cannot be forgotten here")
+def test_the_peak_of_a_stage_is_not_that_of_what_came_before(tmp_path: Path) -> None:
+    size = 400_000_000
+    block = np.ones(size, dtype=np.int8)
+    before = peak_memory_bytes("cpu")
+    del block
+    blocks: list[np.ndarray] = []
+
+    def told(done: int, total: int, text: str) -> None:
+        """Hold a block during pre-training, until its last step."""
+        blocks[:] = [np.ones(size, dtype=np.int8)] if done < total / 2 else []
+
+    checkpoint = train(tiny("ssl_ft"), tmp_path / "block", device="cpu", progress=told)
+    cost = json.loads((checkpoint.path.parent / "cost.json").read_text())
+    assert cost["pretrain"]["peak_memory_bytes"] > cost["finetune"]["peak_memory_bytes"] + 0.8 * size
+    assert cost["finetune"]["peak_memory_bytes"] < before - 0.5 * size
+    checkpoint = train(tiny(), tmp_path, device="cpu")
+    (spent,) = json.loads((checkpoint.path.parent / "cost.json").read_text()).values()
+    assert spent["peak_memory_bytes"] < before - 0.5 * size
 
 
 def test_progress_counts_every_step_of_every_stage(tmp_path: Path) -> None:
