@@ -53,6 +53,7 @@ def train(
     snapshot_steps: bool = False,
     gradients_every: int = 0,
     pictures_every: int = 0,
+    workers: int | None = None,
     plan: bool = False,
 ) -> None:
     """Train a model: from scratch, SSL+FT or SSAT.
@@ -71,6 +72,7 @@ def train(
         snapshot_steps: Keep checkpoints along the run, after 0, 1, 2, 3, 4, 6, 8, 11, 16, ... steps of each stage.
         gradients_every: Log the cosine between the gradients of classification and task every so many steps of ssat.
         pictures_every: Draw what the decoder makes of the same eight images in every so many epochs.
+        workers: Processes that decode images, where they are files too large in all to be kept in memory; none means 2.
         plan: Print the budget and stop.
     """
     from ssat_probe import training
@@ -84,14 +86,15 @@ def train(
         terminal.print_budget(resolved, budget)
         if plan:
             return
+        was_there = (out / resolved.name / f"{resolved.method}.pt").exists()
         with terminal.progress() as progress, terminal.warnings_said():
             checkpoint = training.train(
                 recipe, out, data_dir=data_dir, resume=resume, device=device or None, tracker=tracker or None,
                 snapshots=snapshots, snapshot_steps=snapshot_steps, pictures_every=pictures_every,
-                gradients_every=gradients_every, execution=execution, supply=supply,
+                gradients_every=gradients_every, workers=workers, execution=execution, supply=supply,
                 progress=progress,
             )  # fmt: skip
-        terminal.say(f"Wrote {checkpoint.path}")
+        terminal.say(f"Found {checkpoint.path}, trained before" if was_there else f"Wrote {checkpoint.path}")
 
 
 @app.command
@@ -355,4 +358,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
-        terminal.fail("Interrupted; the same command goes on from here.", status=130)
+        terminal.fail("Interrupted; the same command goes on from what was saved last.", status=130)

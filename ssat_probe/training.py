@@ -68,7 +68,7 @@ def train(
     resume: bool = True,
     device: str | None = None,
     tracker: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     save_every_s: float = 10.0,
     snapshots: bool = False,
     snapshot_steps: bool = False,
@@ -92,7 +92,7 @@ def train(
             and start again. A finished one is reused.
         device: ``cpu`` to stay on the CPU; by default the fastest device there is.
         tracker: A tracker of accelerate to log to as well: ``tensorboard``, ``wandb``, ...
-        workers: Processes that decode images, where images are files.
+        workers: Processes that decode images, where these are files and not kept in memory; 2 by default.
         save_every_s: Seconds between two saves of the training state.
         snapshots: Keep checkpoints along the run as well, ``snapshots/<stage>-<epoch>.pt``, closest at its beginning.
         snapshot_steps: The same by steps instead of epochs, ``steps/<stage>-<step>.pt``.
@@ -133,8 +133,9 @@ def train(
         )
     saved: dict[str, Any] | None
     is_new = not (resume and (folder / STATE_FILE).exists())
-    run = _start(recipe, dataset.facts, images_of(recipe, dataset), folder, device, tracker, workers, execution, supply,
-                 is_new=is_new)  # fmt: skip
+    images = images_of(recipe, dataset)
+    run = _start(recipe, dataset.facts, images, folder, device, tracker, _num_workers(workers, images[0]), execution,
+                 supply, is_new=is_new)  # fmt: skip
     if is_new:
         start_again(run)
         state, saved = State(), None
@@ -329,6 +330,15 @@ def _check_looks(recipe: Recipe, every: int) -> None:
             f"gradients_every must be 0 where there is one loss, got {every} for method {recipe.method} with "
             f"lambda_weight {recipe.lambda_weight:g}; leave it out."
         )
+
+
+def _num_workers(asked: int | None, images: Images) -> int:
+    """Processes that decode images; refused where there is nothing to decode."""
+    if asked is not None and (asked < 0 or images.in_memory):
+        raise ValueError(
+            f"workers must be left out where images are kept in memory, and never negative, got {asked}; leave it out."
+        )
+    return 2 if asked is None else asked
 
 
 def _stage(run: Run, stage: str, saved: dict[str, Any] | None) -> tuple[nn.Module, Any]:

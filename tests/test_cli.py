@@ -335,7 +335,7 @@ def test_training_writes_a_checkpoint_and_a_second_call_reuses_it(run: Run, tmp_
     recipe = load_checkpoint(path).recipe
     assert (recipe.method, recipe.subset, recipe.epochs, recipe.batch_size) == (method, 23, 1, 7)
     before = path.stat().st_mtime_ns
-    assert run(*words).endswith(f"Wrote {path}\n")
+    assert run(*words).endswith(f"Found {path}, trained before\n")
     assert path.stat().st_mtime_ns == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
@@ -423,7 +423,7 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     with pytest.raises(SystemExit) as caught:
         main(["list"])
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "Interrupted; the same command goes on from here.\n"
+    assert capsys.readouterr().err == "Interrupted; the same command goes on from what was saved last.\n"
 
 
 def test_a_process_whose_peer_has_gone_says_so_and_another_error_keeps_its_traceback(

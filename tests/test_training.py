@@ -22,11 +22,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ssat_probe import images as images_module
 from ssat_probe import training
 from ssat_probe.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_tensors
 from ssat_probe.data import open_dataset
 from ssat_probe.images import split
-from ssat_probe.loading import epoch_order
+from ssat_probe.loading import batches, epoch_order
 from ssat_probe.meter import POWERCAP, PROCESS, peak_memory_bytes
 from ssat_probe.network import build_encoder
 from ssat_probe.recipe import Recipe
@@ -212,6 +213,21 @@ def test_a_finished_run_is_reused(tmp_path: Path) -> None:
     assert again.hash == first.hash
     assert {path: path.stat().st_mtime_ns for path in first.path.parent.iterdir()} == files
     assert {path.name for path in files} == {"ssat.pt", "log.csv", "cost.json", "recipe.json"}
+
+
+def test_workers_read_files_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("scratch", model="vit_pico", data="folder", subset=None)
+    mine = folder_of(tmp_path / "mine", ("cat", "dog"), 0)
+    kept = train(recipe, tmp_path / "kept", data_dir=mine, device="cpu")
+    with pytest.raises(ValueError, match=r"workers must be left out where images are kept in memory, .* got 1; leave"):
+        train(recipe, tmp_path / "a", data_dir=mine, device="cpu", workers=1)
+    monkeypatch.setattr(images_module, "IN_MEMORY_BYTES", 0)
+    asked: list[int] = []
+    monkeypatch.setattr(training, "batches", lambda *some: asked.append(some[2]) or batches(*some))
+    assert train(recipe, tmp_path / "b", data_dir=mine, device="cpu", workers=1).hash == kept.hash
+    assert set(asked) == {1}
+    with pytest.raises(ValueError, match="and never negative, got -1"):
+        train(recipe, tmp_path / "c", data_dir=mine, device="cpu", workers=-1)
 
 
 def test_what_has_no_classes_cannot_be_trained_on(tmp_path: Path) -> None:
