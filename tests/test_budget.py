@@ -1,13 +1,14 @@
 """Costs against closed forms and the paper's numbers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssat_probe import objectives, registry
+from ssat_probe import budget, objectives, registry
 from ssat_probe.budget import budget_of, steps_per_epoch
 from ssat_probe.network import build_encoder
 
@@ -166,6 +167,33 @@ def test_the_backward_pass_costs_twice_the_forward_one_but_for_the_gradient_of_t
     recipe, facts = make_recipe((32, 32), 3, 10, model="vit_tiny", method="scratch", patch_size=4)
     (stage,) = budget_of(recipe, facts, 100).stages
     assert stage.training_multiply_adds_per_image == 3 * stage.multiply_adds_per_image - 64 * 48 * 192
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_convolution_costs_as_much_for_each_of_its_gradients_as_forward(groups: int, *, is_transposed: bool) -> None:
+    kind = torch.nn.ConvTranspose2d if is_transposed else torch.nn.Conv2d
+    layer = kind(6, 12, 3, stride=2, padding=1, groups=groups, bias=False)
+    images = torch.rand(2, 6, 8, 10, requires_grad=True)
+    mapping = {torch.ops.aten.convolution_backward: budget._of_both_gradients}
+    costs = []
+    for needs_gradient in (True, False):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            out = layer(images.requires_grad_(needs_gradient) if needs_gradient else images.detach())
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        costs.append((counter.get_total_flops() - forward) / forward)
+    places = 8 * 10 if is_transposed else out.shape[2] * out.shape[3]
+    assert forward == 2 * 2 * places * 9 * 6 * 12 // groups  # 2 images, a multiplication and an addition
+    assert costs == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"method": "scratch"}, {"method": "ssat"}, {"method": "ssat", "masked_convolutions": True}]
+)
+def test_training_cvt_costs_three_times_its_forward_pass_at_most(make_recipe: Make, fields: dict[str, Any]) -> None:
+    (stage,) = budget_of(*make_recipe((32, 32), 3, 10, model="cvt_nano", **fields), 100).stages
+    assert 2.8 < stage.training_multiply_adds_per_image / stage.multiply_adds_per_image <= 3
 
 
 @pytest.mark.parametrize("method", ["scratch", "ssl_ft", "ssat"])
