@@ -3,11 +3,11 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from ssat_probe.images import denormalise, normalise
 from ssat_probe.losses import reconstructed
@@ -19,6 +19,8 @@ from ssat_probe.table import write_atomically
 NUM_IMAGES = 8
 GREY = 0.5
 "Of hidden patches in the picture of what is visible."
+SIDE, GAP = 64, 4
+"Pixels on the screen: smaller images are drawn larger, and between images there is white."
 
 
 def check_pictures(recipe: Recipe, every: int) -> None:
@@ -69,10 +71,12 @@ def write_pictures(run: Run, stage: str, epoch: int) -> Path | None:
     colours = [denormalise(one, run.facts).float().clamp(0, 1).cpu() for one in (images, predicted)]
     is_hidden = _pixels_of(mask, run.encoder.grid, tuple(images.shape[2:])).expand_as(colours[0])
     visible = torch.where(is_hidden, GREY, colours[0])
-    rows = torch.cat([colours[0], visible, colours[1]], dim=3)  # side by side
-    picture = (torch.cat(list(rows), dim=1) * 255).round().byte().numpy().transpose(1, 2, 0)
+    side_by_side = torch.stack([colours[0], visible, colours[1]], dim=1).flatten(0, 1)
+    times = max(1, SIDE // min(images.shape[2:]))  # whole pixels, for images too small to be seen
+    side_by_side = side_by_side.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    picture = make_grid(side_by_side, nrow=3, padding=GAP, pad_value=1.0)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)).save(buffer, "PNG")
+    to_pil_image(picture.mul(255).round().byte()).save(buffer, "PNG")
     path = run.folder / "pictures" / f"{stage}-{epoch:05d}.png"
     write_atomically(path, buffer.getvalue())
     return path

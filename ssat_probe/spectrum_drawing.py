@@ -13,7 +13,7 @@ from ssat_probe.measures.redrawing import bandwidth_of
 from ssat_probe.measures.spectrum import bounds_below, entry_of, methods_in, rows_by, smoothed
 
 _NOTE = "thin lines, pale points: seeds; thick lines: mean; bars: 95 % t interval; shading: mean of the bounds"
-_LONE_NOTE = "bars: two standard errors from the choice of images; shading: certain bounds"
+_LONE_NOTE, _BARS = "shading: certain bounds", "bars: two standard errors from the choice of images; "
 _SHOWN = {
     "lambda_max": "largest eigenvalue [loss]",
     "lambda_min": "smallest eigenvalue [loss]",
@@ -45,7 +45,8 @@ def draw(table: DataFrame) -> Figure:
         _draw_shares(axes[2], table)
         for ax, quantity, title in zip(axes[3:], _SHOWN, _SHOWN.values(), strict=False):
             _draw_points(ax, table, quantity, title)
-        drawing.legend_below(figure, _NOTE if max(one.num_seeds for one in drawing.series(table)) > 1 else _LONE_NOTE)
+        alone = (_BARS if table["data_error"].notna().any() else "") + _LONE_NOTE
+        drawing.legend_below(figure, _NOTE if max(one.num_seeds for one in drawing.series(table)) > 1 else alone)
     return figure
 
 

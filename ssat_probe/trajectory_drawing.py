@@ -103,5 +103,5 @@ def _scale_epochs(ax: Axes, epochs: list[float]) -> None:
     for epoch in epochs:
         if np.log1p(epoch) - np.log1p(ticks[-1]) > np.log1p(epochs[-1]) / 7:
             ticks.append(epoch)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:g}" if tick == int(tick) else f"{tick:.2g}" for tick in ticks])
     ax.set_xlim(-0.2, 1.2 * epochs[-1])

@@ -22,7 +22,18 @@ def tiny(method: str = "ssat", **fields: Any) -> Recipe:
 
 
 def picture(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path), dtype=np.float64) / 255
+    """Eight rows of three pictures of 8 x 8, each pixel drawn eight times each way, with gaps of four pixels."""
+    drawn = np.asarray(Image.open(path), dtype=np.float64) / 255
+    assert drawn.shape == (8 * 68 + 4, 3 * 68 + 4, 3)
+    assert (drawn[..., 1:] == drawn[..., :1]).all()
+    cells = [[drawn[68 * i + 4 : 68 * (i + 1), 68 * j + 4 : 68 * (j + 1), 0] for j in range(3)] for i in range(8)]
+    assert all((cell == cell[::8, ::8].repeat(8, 0).repeat(8, 1)).all() for row in cells for cell in row)
+    gaps = np.ones(drawn.shape[:2], dtype=bool)
+    for i in range(8):
+        for j in range(3):
+            gaps[68 * i + 4 : 68 * (i + 1), 68 * j + 4 : 68 * (j + 1)] = False
+    assert (drawn[gaps] == 1).all()
+    return np.block([[cell[::8, ::8] for cell in row] for row in cells])
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])

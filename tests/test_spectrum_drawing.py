@@ -71,6 +71,13 @@ class TestFigure:
         assert labels == ({"scratch", "SSL+FT", "SSAT"} if any(methods) else {"foreign-0"})
         figure.canvas.draw()
 
+    @pytest.mark.parametrize("error", [np.nan, 0.1])
+    def test_bars_are_explained_where_there_are_some(self, table, error):
+        lone = compared(table, 1, ("ssat",)).assign(data_error=error)
+        note = spectrum_drawing.draw(lone).legends[0].get_title().get_text()
+        assert ("two standard errors" in note) == (not np.isnan(error))
+        assert "certain bounds" in note
+
     def test_points_are_the_values_and_bars_their_mean(self, table):
         many = compared(table, 4, ("scratch", "ssl_ft", "ssat"))
         ax = spectrum_drawing.draw(many).axes[3]

@@ -45,6 +45,13 @@ def test_lines_are_means_over_the_seeds_at_each_epoch() -> None:
     )
 
 
+def test_fractions_of_epochs_are_short_at_the_axis() -> None:
+    table = table_of()
+    table["epoch"] /= 9
+    (ax, *_) = draw(table).axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.33", "1.2"]
+
+
 def test_the_edge_is_drawn_for_those_that_have_one_alone() -> None:
     figure = draw(table_of(edge=25.0))
     edges = [line for ax in figure.axes for line in ax.get_lines() if "edge" in str(line.get_label())]

@@ -88,7 +88,7 @@ class Probe:
             figure, axes = drawing.panels(1, len(shown))
             for ax, name in zip(axes, shown, strict=True):
                 drawing.dots_by_series(ax, table, name)
-                ax.set_ylabel({"accuracy": "test accuracy"}.get(name, f"{labels[name]}"))
+                ax.set_ylabel(labels[name])
             if not any(label.get_text() for label in axes[0].get_xticklabels()):
                 drawing.legend_below(figure)
         return figure

@@ -77,13 +77,18 @@ class Probe:
             table: What `measure` gave, for one or more checkpoints.
 
         Returns:
-            At most eight rows; of several seeds the first.
+            At most eight rows, of checkpoints from the first to the last and of the first images, and a word on what is
+            not drawn; of several seeds the first.
         """
+        import numpy as np
+
         from ssat_probe import drawing
 
-        drawn = drawing.series(table)
-        images = list(table["image"].unique())[: max(1, _MOST_ROWS // len(drawn))]
-        pairs = [(one, image) for image in images for one in drawn][:_MOST_ROWS]
+        everything, every_image = drawing.series(table), list(table["image"].unique())
+        places = np.linspace(0, len(everything) - 1, min(len(everything), _MOST_ROWS)).round().astype(int)
+        drawn = [everything[place] for place in places]
+        images = every_image[: max(1, _MOST_ROWS // len(drawn))]
+        pairs = [(one, image) for image in images for one in drawn]
         kinds = list(table["kind"].unique())
         side = min(1.5, drawing.PAGE_WIDTH / len(kinds))
         with drawing.style():
@@ -102,7 +107,10 @@ class Probe:
                 axes[place * len(kinds)].set_ylabel(f"image {image}")
                 for spine in axes[place * len(kinds)].spines.values():
                     spine.set(color=one.look.colour, linewidth=2.5)
-            drawing.legend_below(figure, "left to right: " + ", ".join(kinds))
+            note = "left to right: " + ", ".join(kinds)
+            if len(pairs) < len(everything) * len(every_image):
+                note += f"; {len(drawn)} of {len(everything)} lines, {len(images)} of {len(every_image)} images"
+            drawing.legend_below(figure, note)
         return figure
 
     def summary(self, table: "DataFrame") -> "DataFrame":

@@ -112,7 +112,7 @@ def table(reconstruction: tuple[float, ...]) -> pd.DataFrame:
 @pytest.mark.parametrize(("reconstruction", "panels"), [((0.4, 0.5, 0.6), 2), ((np.nan,) * 3, 1), ((0.4, np.nan), 2)])
 def test_reconstruction_is_drawn_where_there_is_a_decoder(reconstruction: tuple[float, ...], panels: int) -> None:
     axes = Probe().draw(table(reconstruction)).axes
-    assert [ax.get_ylabel() for ax in axes] == ["test accuracy", "reconstruction [normalised pixel²]"][:panels]
+    assert [ax.get_ylabel() for ax in axes] == ["accuracy", "reconstruction [normalised pixel²]"][:panels]
 
 
 def test_points_of_a_sweep_are_named_in_the_legend_and_keep_their_look_in_both_panels(tmp_path: Path) -> None:

@@ -88,6 +88,23 @@ def test_the_summary_is_the_mean_difference_of_colour_where_nothing_was_seen(che
     assert Probe().summary(table.assign(checkpoint="a")).iloc[0, 1] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("num_epochs", "num_images", "drawn"), [(3, 3, 6), (8, 2, 8), (11, 2, 8), (2, 3, 6)])
+def test_a_figure_shows_the_first_and_the_last_of_many_checkpoints_and_says_what_it_leaves_out(
+    checkpoints: dict[str, Path], num_epochs: int, num_images: int, drawn: int
+) -> None:
+    table = Probe(images=tuple(range(num_images))).measure(subject_of(checkpoints["ssat"]))
+    own = {"method": "ssat", "model": "vit", "data": "digits", "seed": 0, "setting": "4x4"}
+    tables = [table.assign(**own, checkpoint=f"epoch {epoch}", epoch=epoch) for epoch in range(num_epochs)]
+    figure = Probe().draw(pd.concat(tables, ignore_index=True))
+    assert len(figure.axes) == 3 * drawn
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert [labels[0], labels[-1]] == ["epoch 0 (SSAT)", f"epoch {num_epochs - 1} (SSAT)"]
+    note = legend.get_title().get_text()
+    said = f"{min(8, num_epochs)} of {num_epochs} lines, {drawn // min(8, num_epochs)} of {num_images} images"
+    assert (said in note.replace("\n", " ")) == (drawn < num_epochs * num_images)
+
+
 def test_an_image_that_is_not_there_is_named(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="images must lie between 0 and 6, got 7; choose another"):
         Probe(images=(7,)).measure(subject_of(checkpoints["ssat"]))
