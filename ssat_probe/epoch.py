@@ -176,5 +176,6 @@ def _charge(run: Run, state: State, stage: str, spent: dict[str, float]) -> None
         cost[name] = cost.get(name, 0.0) + value
     cost["multiply_adds"] = cost["images"] * run.multiply_adds_per_image[stage]
     cost |= run.carbon.record
-    cost["attention"] = dict(run.attention.chosen)
+    cost["attention"] = cost.get("attention", {}) | state.used | run.attention.used  # before an interruption, and since
+    state.used = {}
     cost["peak_memory_bytes"] = max(cost.get("peak_memory_bytes", 0), peak_memory_bytes(run.accelerator.device))

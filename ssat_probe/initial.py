@@ -43,9 +43,17 @@ def begin_from(encoder: nn.Module, path: str, record: Path | None) -> Report:
             f"--init-from must name weights that were trained, got {path!r}, which are random; use {path}?pretrained, "
             "or leave it out."
         )
-    heads: Any = getattr(getattr(encoder, "blocks", [None])[0], "attn", None)  # files do not say how many there are
-    # Nothing is shown to the file's model, so no normalisation matters.
-    found = open_weights(path, Source(resize=True, heads=getattr(heads, "num_heads", 0), mean=(0.0,), std=(1.0,)))
+    attention: Any = getattr(getattr(encoder, "blocks", [None])[0], "attn", None)  # files do not say how many heads
+    heads = 0 if path.startswith(TIMM) else getattr(attention, "num_heads", 0)
+    try:  # nothing is shown to the file's model, so no normalisation matters
+        found = open_weights(path, Source(resize=True, heads=heads, mean=(0.0,), std=(1.0,)))
+    except ValueError as error:
+        if "--heads" not in str(error):
+            raise
+        raise ValueError(
+            f"--init-from {path} must be weights of the model that is trained, got ones whose width its {heads} "
+            "attention heads do not divide; choose the model that they are of."
+        ) from error
     wanted = encoder.state_dict()
     of_encoder = {name: value for name, value in found.state.items() if not name.startswith(DECODER_PREFIX)}
     dropped = {name: FRESH for name in of_encoder if name.startswith(HEAD_NAMES)}

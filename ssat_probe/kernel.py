@@ -104,7 +104,9 @@ class Attention(TorchFunctionMode):
         """
         super().__init__()
         self.asked, self.chosen = asked, dict(chosen or {})
-        "What is used, by device, dtype and shapes."
+        "What has been found for this run, by device, dtype and shapes."
+        self.used: dict[str, str] = {}
+        "What was used since the last call of ``unsettle``."
         self._can_act = asked != "fused" or must_act
         self._is_settled = not self._can_act
 
@@ -132,6 +134,7 @@ class Attention(TorchFunctionMode):
 
     def unsettle(self) -> None:
         """Look again: another stage may have other shapes."""
+        self.used = {} if self._can_act else {"all": "fused"}
         self._is_settled = not self._can_act
 
     def __torch_function__(
@@ -152,7 +155,8 @@ class Attention(TorchFunctionMode):
                 with torch.autocast(call.parts[0].device.type, enabled=False), torch.enable_grad():
                     _measured[case] = fastest(*call.parts, mask=call.mask)
             self.chosen[case] = _measured[case][0] if self.asked == "auto" else self.asked
-        return self.chosen[case]
+        self.used[case] = self.chosen[case]
+        return self.used[case]
 
 
 @dataclass(frozen=True)

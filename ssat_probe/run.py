@@ -47,6 +47,8 @@ class State:
     "What each stage has cost so far."
     attention: dict[str, str] = field(default_factory=dict)
     "Kernel of attention by device, dtype and shapes: a run that goes on must round as it did before."
+    used: dict[str, str] = field(default_factory=dict)
+    "Those used since the last epoch ended, for what the stage's cost says."
     best: float = -1.0
     "Best accuracy on the validation images so far, where the weights that had it are to be kept."
     best_epoch: int = 0
@@ -101,7 +103,7 @@ def save_state(run: Run, state: State, optimiser: Any, average: ModelEmaV3 | Non
     if not run.accelerator.is_main_process:
         return
     scaler = run.accelerator.scaler
-    state.attention = dict(run.attention.chosen)
+    state.attention, state.used = dict(run.attention.chosen), state.used | run.attention.used
     content = {
         "recipe": run.recipe.as_dict(),
         "images": run.fingerprint,
@@ -156,7 +158,9 @@ def start_again(run: Run) -> None:
     """
     if not run.accelerator.is_main_process or not run.folder.is_dir():
         return
-    for name in (STATE_FILE, BEST_FILE, "pretrain.pt", "log.csv", "cost.json"):
+    files = [STATE_FILE, BEST_FILE, "pretrain.pt", f"{run.recipe.method}-ema.pt", "log.csv", "cost.json"]
+    files += [] if run.recipe.init_from else ["init.json"]  # else it has just been written
+    for name in files:
         (run.folder / name).unlink(missing_ok=True)
     for name in ("snapshots", "steps", "pictures"):
         shutil.rmtree(run.folder / name, ignore_errors=True)

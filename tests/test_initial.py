@@ -112,6 +112,15 @@ def test_a_file_of_timms_for_colours_begins_a_training_on_grey_images(make_recip
     }  # fmt: skip
 
 
+def test_weights_that_cannot_have_the_models_heads_are_of_another_model(make_recipe: Make, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit", embed_dim=64, num_heads=1).state_dict(), tmp_path / "timm.pt")
+    encoder = build_encoder(*make_recipe((32, 32), 3, model="vit_pico", patch_size=16, method="scratch"))
+    with pytest.raises(
+        ValueError, match=r"whose width its 3 attention heads do not divide; choose the model that they"
+    ):
+        begin_from(encoder, str(tmp_path / "timm.pt"), tmp_path / "init.json")
+
+
 def test_random_weights_of_timms_are_refused(make_recipe: Make, tmp_path: Path) -> None:
     encoder = build_encoder(*make_recipe((32, 32), 3, model="timm:test_vit", method="scratch"))
     with pytest.raises(

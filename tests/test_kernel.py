@@ -263,6 +263,34 @@ def test_runs_differ_by_rounding_alone_and_say_which_kernels_they_used(tmp_path:
     assert runs["plain"].hash != runs["fused"].hash
 
 
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"checkpointing": True}])
+def test_a_kernel_that_was_never_in_question_is_named_too(tmp_path: Path, options: dict[str, bool]) -> None:
+    run = train(recipe_of(), tmp_path, device="cpu", execution=Execution(**options))
+    cost = json.loads((run.path.parent / "cost.json").read_text())
+    assert [stage["attention"] for stage in cost.values()] == [{"all": "fused"}] * len(cost)
+
+
+def test_each_stage_names_the_kernels_that_it_used_itself_before_and_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_measured", {})
+    monkeypatch.setattr(kernel, "fastest", lambda *shapes, **more: ("plain", {}))
+    recipe = Recipe(method="ssl_ft", model="vit_pico", subset=12, batch_size=6, epochs=2, warmup_epochs=0)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 7:  # the third step of fine-tuning
+            raise KeyboardInterrupt
+
+    expected = {"pretrain": ["6x3x5x4", "6x2x17x4"], "finetune": ["6x3x17x4"]}
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path, device="cpu", save_every_s=-1, progress=stop)
+    run = train(recipe, tmp_path, device="cpu", execution=Execution(deterministic=True))
+    cost = json.loads((run.path.parent / "cost.json").read_text())
+    assert list(cost["pretrain"]["attention"].values()) == ["plain", "plain"]
+    assert [case.split()[-1] for case in cost["finetune"]["attention"]] == [*expected["finetune"], "all"]
+    assert set(cost["finetune"]["attention"].values()) == {"plain", "fused"}
+
+
 def test_a_run_that_goes_on_elsewhere_keeps_its_kernels_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

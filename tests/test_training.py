@@ -833,6 +833,16 @@ def test_a_training_may_begin_with_weights_of_another(tmp_path: Path, checkpoint
     assert not torch.allclose(begun.state["blocks.0.attn.qkv.weight"], fresh.state["blocks.0.attn.qkv.weight"])
 
 
+def test_what_another_run_began_with_does_not_stay(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(Stop):
+        train(tiny("scratch", init_from=str(checkpoints["ssat"])), tmp_path, device="cpu", progress=stop_after(2))
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "init.json").exists()
+    (folder / "scratch-ema.pt").touch()
+    train(tiny("scratch"), tmp_path, device="cpu", resume=False)
+    assert {path.name for path in folder.iterdir()} == {"scratch.pt", "log.csv", "cost.json", "recipe.json"}
+
+
 def test_what_a_run_began_with_stays_written_when_it_goes_on_or_another_is_refused(
     tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
