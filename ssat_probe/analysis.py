@@ -86,6 +86,9 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
 
     Returns:
         The checked analysis; an unknown key or a value out of range is a ValueError.
+
+    Raises:
+        ValueError: If an axis changes no training.
     """
     source, content = document.read(path)
     changes = changes or {}
@@ -104,6 +107,11 @@ def read(path: Path, is_smoke: bool = False, changes: Mapping[str, Any] | None =
     recipes = [cell.recipe for cell in cells]
     measurements = [_measurement(name, values or {}, recipes, is_smoke) for name, values in content["probes"].items()]
     axes = tuple(axis for axis in vary if any(axis in cell.point for cell in cells))
+    for axis in [] if is_smoke else [axis for axis in vary if axis not in axes]:  # smoke may make alternatives alike
+        raise ValueError(
+            f"The axis {axis!r} of {path} must make trainings differ, got one that changes none; leave it out, or give "
+            "it other values."
+        )
     measures = {
         name: comparison.measure_from(name, values or {}) for name, values in content.get("measures", {}).items()
     }

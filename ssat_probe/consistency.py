@@ -87,14 +87,22 @@ def check_names(
         "the comparison": ["checkpoint", "method", "seed", *RESULTS, *ADDED],
         "cost": [*COSTS, "peak_memory_bytes"],
     }
+    setters: dict[str, str] = {}
     for axis, alternatives in axes.items():
+        fields = {field for one in alternatives.values() for field in one}
+        for field in sorted(fields & setters.keys()):
+            raise ValueError(
+                f"The axes of {source} must set different fields, got {setters[field]!r} and {axis!r} which both set "
+                f"{field}; say it on one of them."
+            )
+        setters |= dict.fromkeys(fields, axis)
         for table in [name for name, columns in tables.items() if axis in columns]:
             raise ValueError(
                 f"The axes of {source} must not be named as a column of a table, got {axis!r}, which {table} has; "
                 f"models, methods and seeds have lists of their own, and others may be written as "
                 f"'my {axis}: {{a: {{{axis}: ...}}, b: ...}}'."
             )
-        for field in sorted({field for one in alternatives.values() for field in one} & {"method", "seed"}):
+        for field in sorted(fields & {"method", "seed"}):
             raise ValueError(
                 f"The axis {axis!r} of {source} must not set {field}, got an alternative that does; methods and seeds "
                 "have lists of their own."

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ssat_probe.registry import known
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -36,11 +38,13 @@ class Sample:
     "Arithmetic of the model."
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check numbers and choices.
 
         Raises:
-            ValueError: If one is out of its range.
+            ValueError: If a number is out of its range; an unknown choice is one too.
         """
+        known(str(self.split or "test"), ("train", "val", "test"), "splits")
+        known(str(self.dtype), ("float32", "float64"), "dtypes")
         for name, least in (("num_images", 0), ("sample_seed", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

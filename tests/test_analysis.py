@@ -34,7 +34,7 @@ methods: [ssl_ft, ssat]
 seeds: [0, 1]
 probes:
   accuracy: {num_images: 30}
-  hessian: {steps: 5, num_images: 10}
+  hessian: {steps: 5, num_images: 10, jackknife: false}
 measures:
   test accuracy: {probe: accuracy, column: accuracy}
   λmax: {probe: hessian, column: value, where: quantity == 'lambda_max'}
@@ -225,7 +225,7 @@ def test_probe_may_be_measured_twice_with_other_options_on_other_models(tmp_path
 
 
 def test_a_probe_may_look_along_the_training(tiny: Path, tmp_path: Path) -> None:
-    text = TINY.replace("hessian: {", "hessian: {snapshots: [0, 1, 2], jackknife: false, ")
+    text = TINY.replace("hessian: {", "hessian: {snapshots: [0, 1, 2], ")
     tiny.write_text(text.replace("'lambda_max'}", "'lambda_max' and epoch == epoch.max()}"), encoding="utf-8")
     chosen = analysis.read(tiny)
     compared, verdicts = analysis.run(chosen, tmp_path / "out", tmp_path / "runs", device="cpu", jobs=1)
@@ -399,6 +399,12 @@ def test_cifar10_analysis_runs_in_smoke_form(tmp_path: Path, monkeypatch: pytest
             r"No 'vit_nano' in the models of this analysis, of which hes",
         ),
         (("ssat]", "sat]"), r"No 'sat' in method: .* Did you mean 'ssat'\?"),
+        (("accuracy: {", "accuracy: {split: tset, "), r"No 'tset' in splits: .* Did you mean 'test'\?"),
+        (
+            ("methods:", "vary: {lambda_schedule: [constant]}\nmethods:"),
+            r"The axis 'lambda_schedule' of .*tiny\.yaml must "
+            r"make trainings differ, got one that changes none; leave it out",
+        ),
         (
             ("hessian: {steps", "hessian: {snapshots: [0, 5], steps"),
             r"The snapshots of hessian must be after epochs that a training of 2 keeps, got 5; choose from 0, 1, 2\.",

@@ -42,6 +42,14 @@ def test_a_field_that_changes_no_training_is_refused(
         check_recipe(shared, vary, methods, typed)
 
 
+def test_two_axes_that_set_one_field_are_refused() -> None:
+    axes = {"epochs": {3: {"epochs": 3}, 9: {"epochs": 9}}, "length": {"long": {"epochs": 99, "subset": 50}}}
+    with pytest.raises(
+        ValueError, match=r"must set different fields, got 'epochs' and 'length' which both set epochs;"
+    ):
+        consistency.check_names(axes, {}, [], "f.yaml")
+
+
 def test_a_field_that_changes_some_training_is_kept() -> None:
     check_recipe({"subset": 50, "mask_ratio": 0.5}, LENGTHS, ("scratch", "ssat"), ("subset", "mask_ratio"))
     check_recipe({"lambda_weight": 0.1}, {}, ("scratch",))  # a whole recipe may stand in a file

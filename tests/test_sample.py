@@ -29,5 +29,15 @@ def test_a_number_out_of_range_is_named_with_its_value(name: str, value: Any, le
         Sample(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("split", "tset", r"No 'tset' in splits: .* Did you mean 'test'\?"), ("split", 3, "No '3' in splits: train, val"),
+     ("dtype", "float16", "No 'float16' in dtypes: float32, float64")],
+)  # fmt: skip
+def test_a_choice_that_there_is_not_is_named(name: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Sample(**{name: value})
+
+
 def test_zero_images_mean_all() -> None:
     assert Sample(num_images=0).num_images == 0
